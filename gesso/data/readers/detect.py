@@ -1,0 +1,144 @@
+"""Finds out in which format a folder or file of annotations is, and which splits it holds."""
+
+import re
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+from gesso.data.pictures import SUFFIXES
+from gesso.errors import DataError, nearest
+
+Format: TypeAlias = Literal["coco", "voc", "yolo"]
+_COCO_KEYS = re.compile(rb'"(images|annotations|categories)"\s*:')
+_PEEK = 1 << 16
+
+
+class Found(NamedTuple):
+    """One split of a source.
+
+    Attributes:
+        format: of its annotations.
+        path: the JSON file (coco), the folder that holds Annotations/ or the XML files (voc), or the data.yaml or the
+            folder that holds labels/ (yolo).
+        split: "train", "val", ...; "" where the source is not split.
+    """
+
+    format: Format
+    path: Path
+    split: str
+
+
+def detect(source: str | Path, format: str = "auto") -> list[Found]:
+    """The splits of ``source``, sorted by name, "train" first.
+
+    Args:
+        source: a folder, a COCO JSON file or a YOLO data.yaml.
+        format: "coco", "voc", "yolo", or "auto".
+
+    Raises:
+        DataError: there is nothing, nothing known, or more than one format; says what was found and the remedy.
+    """
+    path = Path(source)
+    if format != "auto" and format not in get_args(Format):
+        raise DataError(f"unknown format '{format}'", remedy=nearest(format, ("auto", *get_args(Format))))
+    if path.is_file():
+        return _of_file(path, format)
+    if not path.is_dir():
+        raise DataError("does not exist", where=path, remedy="Check the path.")
+    finders = {"coco": _coco, "voc": _voc, "yolo": _yolo}
+    asked = finders if format == "auto" else {format: finders[format]}
+    found = {name: splits for name, find in asked.items() if (splits := find(path))}
+    if not found:
+        raise _nothing(path, format)
+    if len(found) > 1:
+        remedy = f"Choose one with --format {' or '.join(found)}."
+        raise DataError(f"holds annotations in several formats ({', '.join(found)})", where=path, remedy=remedy)
+    (splits,) = found.values()
+    return sorted(splits, key=lambda one: (one.split != "train", one.split))
+
+
+def choose(found: list[Found], split: str | None, source: str | Path) -> list[Found]:
+    """The one with the name ``split``, or all where it is None. DataError with the known names."""
+    if split is None:
+        return found
+    chosen = [one for one in found if one.split == split]
+    if not chosen:
+        remedy = nearest(split, [one.split for one in found if one.split])
+        raise DataError(f"holds no split '{split}'", where=source, remedy=remedy)
+    return chosen
+
+
+def _of_file(path: Path, format: str) -> list[Found]:
+    suffix = path.suffix.lower()
+    known: dict[str, Format] = {".json": "coco", ".yaml": "yolo", ".yml": "yolo"}
+    if suffix not in known or format not in ("auto", known[suffix]):
+        remedy = "Give a COCO .json file, a YOLO data.yaml, or the folder that holds Annotations/ or labels/."
+        raise DataError("the format of this file is not known", where=path, remedy=remedy)
+    if known[suffix] == "yolo":
+        return _yaml_splits(path)
+    return [Found("coco", path, "")]
+
+
+def _coco(folder: Path) -> list[Found]:
+    files = [f for place in (folder, folder / "annotations") for f in sorted(place.glob("*.json")) if _is_coco(f)]
+    instances = [file for file in files if file.stem.startswith("instances")]
+    files = instances or files
+    if len(files) == 1:
+        return [Found("coco", files[0], "")]
+    found = [Found("coco", file, _split_name(file.stem)) for file in files]
+    names = [one.split for one in found]
+    return found if len(set(names)) == len(names) else [Found("coco", file, file.stem) for file in files]
+
+
+def _split_name(stem: str) -> str:
+    return re.sub(r"^(instances|annotations)[_-]", "", stem) or stem
+
+
+def _is_coco(file: Path) -> bool:
+    with file.open("rb") as opened:
+        head = opened.read(_PEEK)
+        opened.seek(0, 2)
+        opened.seek(max(opened.tell() - _PEEK, 0))
+        return head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and bool(_COCO_KEYS.search(head + opened.read()))
+
+
+def _voc(folder: Path) -> list[Found]:
+    annotations = folder / "Annotations" if (folder / "Annotations").is_dir() else folder
+    if next(annotations.rglob("*.xml"), None) is None:
+        return []
+    lists = sorted((folder / "ImageSets" / "Main").glob("*.txt")) or sorted((folder / "ImageSets").glob("*.txt"))
+    splits = [file.stem for file in lists if "_" not in file.stem]
+    if {"train", "val"} <= set(splits):
+        splits = [name for name in splits if name != "trainval"]
+    return [Found("voc", folder, name) for name in splits] or [Found("voc", folder, "")]
+
+
+def _yolo(folder: Path) -> list[Found]:
+    for name in ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml"):
+        if (folder / name).is_file():
+            return _yaml_splits(folder / name)
+    labels = folder / "labels"
+    if not labels.is_dir():
+        return []
+    inner = sorted(entry.name for entry in labels.iterdir() if entry.is_dir())
+    return [Found("yolo", folder, name) for name in inner] or [Found("yolo", folder, "")]
+
+
+def _yaml_splits(file: Path) -> list[Found]:
+    text = file.read_text(encoding="utf-8", errors="replace")
+    splits = [name for name in ("train", "val", "valid", "test") if re.search(rf"^{name}\s*:\s*\S", text, re.MULTILINE)]
+    return [Found("yolo", file, name) for name in splits] or [Found("yolo", file, "")]
+
+
+def _nothing(folder: Path, format: str) -> DataError:
+    entries = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    if not entries:
+        return DataError("the folder is empty", where=folder, remedy="Check the path.")
+    pictures = sum(Path(name).suffix.lower() in SUFFIXES for name in entries)
+    found = f"found {pictures} pictures but no annotations" if pictures else f"found {', '.join(entries[:5])}"
+    wanted = {
+        "coco": "a COCO .json file (here or in annotations/)",
+        "voc": "Annotations/*.xml",
+        "yolo": "data.yaml or labels/",
+    }
+    sought = wanted[format] if format in wanted else ", ".join(wanted.values())
+    return DataError(f"holds no annotations: {found}", where=folder, remedy=f"Sought: {sought}.")

@@ -1,0 +1,272 @@
+"""From rows of the index to the arrays of one batch: read, place, draw, and the targets with it.
+
+Runs in the loader's workers. A picture that cannot be read never raises here: it is replaced by the next in order and
+reported beside the batch. B pictures, H x W padded pixels, M object slots, S mask side, C classes of the run.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gesso.data.decode import Pixels, colour, draw, read_picture
+from gesso.data.index import Index
+from gesso.data.mask_grid import rasterise
+from gesso.data.records import CROWD, DIFFICULT, IGNORE
+from gesso.data.sampling import BatchPlan
+from gesso.data.transforms import (
+    InputConfig,
+    Placement,
+    Shape,
+    colour_factors,
+    inference_placement,
+    training_placement,
+)
+from gesso.errors import DataError
+from gesso.label_space import LabelMap
+from gesso.random_key import fold, stream
+from gesso.structures import ImageBatch, Targets
+
+SURPLUS = stream("samples.surplus")
+IGNORED = CROWD | IGNORE | DIFFICULT
+
+Tensors = dict[str, Tensor]
+
+
+class Broken(NamedTuple):
+    """A picture that could not be read.
+
+    Attributes:
+        row: its row in the index, or its place among the given pictures.
+        error: what is wrong; the message names the file.
+    """
+
+    row: int
+    error: DataError
+
+
+@dataclass
+class Built:
+    """One batch as it leaves a worker, with what happened on the way.
+
+    Attributes:
+        images: the fields of an ImageBatch, the pictures as (B, H, W, 3); empty where no picture could be read.
+        targets: the fields of Targets; empty at inference.
+        broken: the pictures that could not be read, in the order of the samples.
+        surplus: how many pictures had more than M objects.
+    """
+
+    images: Tensors = field(default_factory=dict)
+    targets: Tensors = field(default_factory=dict)
+    broken: list[Broken] = field(default_factory=list)
+    surplus: int = 0
+
+    def image_batch(self) -> ImageBatch:
+        """The pictures as the detector takes them: (B, 3, H, W) in channels-last memory."""
+        return ImageBatch(**{**self.images, "images": self.images["images"].permute(0, 3, 1, 2)})
+
+    def pin_memory(self) -> "Built":
+        """The same in page-locked memory; the loader's pinning thread calls it."""
+        pinned = [{name: t.pin_memory() for name, t in part.items()} for part in (self.images, self.targets)]
+        return dataclasses.replace(self, images=pinned[0], targets=pinned[1])
+
+    def as_targets(self) -> Targets:
+        """The ground truth."""
+        return Targets(**self.targets)
+
+
+class ImageSlots:
+    """The arrays of an ImageBatch, filled slot by slot; an unfilled slot is black and has image_index -1."""
+
+    def __init__(self, count: int, canvas: Shape) -> None:
+        self.images = torch.zeros((count, *canvas, 3), dtype=torch.uint8)
+        self._pixels: Pixels = self.images.numpy()
+        self._sizes = np.tile(np.array(canvas, np.int64), (count, 1))
+        self._original = self._sizes.copy()
+        self._scale = np.ones((count, 2), np.float32)
+        self._rows = np.full(count, -1, np.int64)
+        self._keys = np.zeros(count, np.int64)
+
+    def fill(self, slot: int, picture: Pixels, placement: Placement, *, row: int, key: int = 0) -> Pixels:
+        """Draws a picture (H, W, 3) in a slot and returns the valid part of its canvas."""
+        draw(picture, placement, self._pixels[slot])
+        self._sizes[slot], self._original[slot] = placement.size, placement.original
+        self._scale[slot] = placement.scale
+        self._rows[slot], self._keys[slot] = row, key
+        return self._pixels[slot, : placement.size[0], : placement.size[1]]
+
+    def tensors(self) -> Tensors:
+        """The fields of an ImageBatch, with the pictures as (B, H, W, 3)."""
+        return {
+            "images": self.images,
+            "sizes": torch.from_numpy(self._sizes),
+            "scale": torch.from_numpy(self._scale),
+            "original_sizes": torch.from_numpy(self._original),
+            "image_index": torch.from_numpy(self._rows),
+            "key": torch.from_numpy(self._keys),
+        }
+
+
+class TargetSlots:
+    """The arrays of Targets, filled slot by slot."""
+
+    def __init__(self, count: int, max_boxes: int, mask_side: int, classes: int | None) -> None:
+        self.boxes = np.zeros((count, max_boxes, 4), np.float32)
+        self.labels = np.zeros((count, max_boxes), np.int64)
+        self.valid = np.zeros((count, max_boxes), bool)
+        self.ignore = np.zeros((count, max_boxes), bool)
+        self.box_id = np.zeros((count, max_boxes), np.int64)
+        self.verified = None if classes is None else np.zeros((count, classes), np.int8)
+        self.masks = np.zeros((count, max_boxes, mask_side, mask_side), np.uint8) if mask_side else None
+        self.mask_frames = np.zeros((count, max_boxes, 4), np.float32) if mask_side else None
+
+    def tensors(self) -> Tensors:
+        """The fields of Targets that are there."""
+        return {name: torch.from_numpy(array) for name, array in vars(self).items() if array is not None}
+
+
+class _Objects(NamedTuple):
+    xyxy: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
+    ignore: npt.NDArray[np.bool_]
+    box_ids: npt.NDArray[np.int64]
+    places: npt.NDArray[np.int64]
+
+
+class TrainingBuilder(torch.utils.data.Dataset[Built]):
+    """Builds the training batch of a plan: ``builder[plan]``.
+
+    Args:
+        index: the data set.
+        config: resize, crop, flip, colour.
+        max_boxes: M.
+        mask_side: S; 0 leaves masks out.
+        label_map: from the index's labels to the run's; None keeps them. Objects that map to -1 are dropped.
+    """
+
+    def __init__(
+        self, index: Index, config: InputConfig, *, max_boxes: int, mask_side: int, label_map: LabelMap | None
+    ) -> None:
+        self.index, self.config = index, config
+        self.max_boxes, self.mask_side = max_boxes, mask_side
+        count = len(index.label_space)
+        self.labels = np.array(range(count) if label_map is None else label_map.targets, np.int64)
+        known = set(self.labels.tolist()) - {-1}
+        self.num_classes = count if label_map is None else len(known) + len(label_map.unused)
+        self.verified = any(source.labelled is not None for source in index.sources) or (
+            index.verified_columns is not None
+        )
+
+    def __getitem__(self, plan: BatchPlan) -> Built:
+        canvas = self.config.resize.shapes(plan.scale)[plan.shape]
+        images = ImageSlots(len(plan.rows), canvas)
+        targets = TargetSlots(
+            len(plan.rows), self.max_boxes, self.mask_side, self.num_classes if self.verified else None
+        )
+        built = Built()
+        for slot, key in enumerate(plan.keys.tolist()):
+            found = self._first_readable([int(plan.rows[slot]), *plan.spares[slot].tolist()], built)
+            if found is None:
+                return built
+            row, picture = found
+            objects = self._objects(row)
+            height, width = picture.shape[:2]
+            placement = training_placement(
+                self.config, height, width, objects.xyxy, shape=plan.shape, scale=plan.scale, key=key
+            )
+            colour(images.fill(slot, picture, placement, row=row, key=key), colour_factors(self.config, key))
+            built.surplus += self._fill_targets(targets, slot, row, objects, placement, key)
+        built.images, built.targets = images.tensors(), targets.tensors()
+        return built
+
+    def _first_readable(self, rows: Sequence[int], built: Built) -> tuple[int, Pixels] | None:
+        for row in rows:
+            try:
+                return row, read_indexed(self.index, row)
+            except DataError as error:
+                built.broken.append(Broken(row, error))
+        return None
+
+    def _objects(self, row: int) -> _Objects:
+        objects = self.index.objects(row)
+        labels = self.labels[objects.labels]
+        places = np.flatnonzero(labels >= 0)
+        ignore = (objects.flags[places] & IGNORED) != 0
+        return _Objects(objects.xyxy[places], labels[places], ignore, objects.box_ids[places], places)
+
+    def _fill_targets(
+        self, targets: TargetSlots, slot: int, row: int, objects: _Objects, placement: Placement, key: int
+    ) -> bool:
+        """Fills one slot; True where objects had to be left out."""
+        boxes, kept = placement.move(objects.xyxy)
+        chosen = np.flatnonzero(kept)
+        surplus = len(chosen) > self.max_boxes
+        if surplus:
+            chance = fold(np.int64(key), SURPLUS, objects.places[chosen])
+            chosen = np.sort(chosen[np.lexsort((chance, objects.ignore[chosen]))[: self.max_boxes]])
+        count = len(chosen)
+        targets.boxes[slot, :count] = boxes[chosen]
+        targets.labels[slot, :count] = objects.labels[chosen]
+        targets.valid[slot, :count] = True
+        targets.ignore[slot, :count] = objects.ignore[chosen]
+        targets.box_id[slot, :count] = objects.box_ids[chosen]
+        if targets.masks is not None and targets.mask_frames is not None:
+            masks = self.index.masks(row)
+            frames = placement.frames(boxes[chosen])
+            for at, (place, frame) in enumerate(zip(objects.places[chosen].tolist(), frames, strict=True)):
+                if masks[place] is not None:
+                    targets.masks[slot, at] = rasterise(masks[place], frame, self.mask_side)
+                    targets.mask_frames[slot, at] = boxes[chosen[at]]
+        if targets.verified is not None:
+            targets.verified[slot] = self._verified(row, objects.labels)
+        return surplus
+
+    def _verified(self, row: int, present: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """(C,) in the run's classes; a class that no class of the index maps to is unverified."""
+        states = self.index.verified(row)
+        mapped = np.zeros(self.num_classes, np.int8)
+        known = self.labels >= 0
+        mapped[self.labels[known]] = 2 if states is None else states[known]
+        mapped[present] = 1
+        return mapped
+
+
+class InferenceBuilder(torch.utils.data.Dataset[Built]):
+    """Builds the batch of some rows of the index: ``builder[shape number, rows]``; row -1 leaves a slot black."""
+
+    def __init__(self, index: Index, config: InputConfig) -> None:
+        self.index, self.config = index, config
+
+    def __getitem__(self, plan: tuple[int, npt.NDArray[np.int64]]) -> Built:
+        shape, rows = plan
+        resize = self.config.resize
+        images = ImageSlots(len(rows), resize.shapes(resize.inference_scale)[shape])
+        built = Built()
+        for slot, row in enumerate(rows.tolist()):
+            if row < 0:
+                continue
+            try:
+                picture = read_indexed(self.index, row)
+            except DataError as error:
+                built.broken.append(Broken(row, error))
+                continue
+            images.fill(slot, picture, inference_placement(self.config, *picture.shape[:2])[1], row=row)
+        built.images = images.tensors()
+        return built
+
+
+def read_indexed(index: Index, row: int) -> Pixels:
+    """Reads a picture of the index. DataError also where its size is not the one in the index."""
+    path: Path = index.image_path(row)
+    picture = read_picture(path)
+    height, width = int(index.heights[row]), int(index.widths[row])
+    if picture.shape[:2] != (height, width):
+        what = f"the picture is {picture.shape[1]} x {picture.shape[0]}, in the index {width} x {height}"
+        raise DataError(what, where=path, remedy="Import the data again.")
+    return picture

@@ -1,0 +1,168 @@
+"""Pictures of any mode and orientation against Pillow; pixels against OpenCV's and torchvision's own transforms."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms.v2 import functional as F
+
+import gesso.data.decode as decode
+from gesso.data.decode import colour, draw, read_picture
+from gesso.data.transforms import Placement
+from gesso.errors import DataError
+
+
+def smooth(height=60, width=90, seed=0):
+    small = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
+    path = tmp_path / f"a.{suffix}"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    smooth().save(path, exif=exif)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(int)
+    found = read_picture(path)
+    assert found.dtype == np.uint8 and found.flags.c_contiguous
+    assert found.shape == expected.shape == ((90, 60, 3) if orientation > 4 else (60, 90, 3))
+    assert np.abs(found.astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [
+        ("L", "jpg"),
+        ("CMYK", "jpg"),
+        ("L", "png"),
+        ("1", "png"),
+        ("P", "png"),
+        ("LA", "png"),
+        ("RGBA", "png"),
+        ("P", "gif"),
+    ],
+)
+def test_every_mode_becomes_rgb(tmp_path, mode, suffix):
+    path = tmp_path / f"a.{suffix}"
+    smooth().convert(mode).save(path)
+    with Image.open(path) as image:
+        expected = np.asarray(image.convert("RGB")).astype(int)
+    found = read_picture(path).astype(int)
+    assert found.shape == (60, 90, 3)
+    assert np.abs(found - expected).max() <= 2
+
+
+def test_sixteen_bits_keep_the_high_byte(tmp_path):
+    deep = np.arange(60 * 90, dtype=np.uint16).reshape(60, 90) * 12
+    Image.fromarray(deep).save(tmp_path / "a.png")
+    found = read_picture(tmp_path / "a.png")
+    assert np.array_equal(found[..., 0], (deep >> 8).astype(np.uint8))
+    assert np.array_equal(found[..., 0], found[..., 2])
+
+
+def test_one_pixel_is_a_picture(tmp_path):
+    Image.new("RGB", (1, 1), (9, 9, 9)).save(tmp_path / "a.jpg")
+    assert read_picture(tmp_path / "a.jpg").shape == (1, 1, 3)
+
+
+def jpeg_bytes():
+    buffer = io.BytesIO()
+    smooth(200, 300).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"", "empty"),
+        (b"this is a text file\n" * 20, "no picture"),
+        (jpeg_bytes()[:700], "broken"),
+        (jpeg_bytes()[:-300], "broken"),
+        (jpeg_bytes()[:10], "broken"),
+        (b"\xff\xd8", "no picture"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "no picture|broken"),
+    ],
+)
+def test_broken_files_are_named(tmp_path, data, what):
+    path = tmp_path / "holiday.jpg"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=what) as caught:
+        read_picture(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    for path in (tmp_path / "none.jpg", tmp_path):
+        with pytest.raises(DataError, match="cannot be read") as caught:
+            read_picture(path)
+        assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_huge_pictures_are_refused_before_they_are_decoded(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"a.{suffix}"
+    smooth(50, 70).save(path)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 50 * 70)
+    read_picture(path)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 50 * 70 - 1)
+    with pytest.raises(DataError, match="70 x 50"):
+        read_picture(path)
+
+
+def test_a_picture_of_400_megapixels_is_refused(tmp_path):
+    header = bytearray(jpeg_bytes())
+    at = header.find(b"\xff\xc0")
+    header[at + 5 : at + 9] = (20_000).to_bytes(2, "big") * 2
+    (tmp_path / "a.jpg").write_bytes(header)
+    with pytest.raises(DataError, match="20000 x 20000 = 400 megapixels"):
+        read_picture(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_drawing_is_torchvisions_resize_crop_flip_and_pad(flip):
+    picture = np.asarray(smooth(60, 90)).copy()
+    placement = Placement((60, 90), (80, 120), (7, 11), (64, 96), (64, 128), flip)
+    canvas = np.zeros((64, 128, 3), np.uint8)
+    draw(picture, placement, canvas)
+    expected = F.resize(torch.from_numpy(picture).permute(2, 0, 1), [80, 120], antialias=False)
+    expected = F.crop(expected, 7, 11, 64, 96)
+    expected = F.horizontal_flip(expected) if flip else expected
+    expected = F.pad(expected, [0, 0, 32, 0]).permute(1, 2, 0).numpy().astype(int)
+    assert np.abs(canvas.astype(int) - expected).max() <= 1
+    assert not canvas[:, 96:].any()
+
+
+def test_strong_reduction_does_not_alias():
+    fine = np.zeros((200, 200, 3), np.uint8)
+    fine[::2] = 255
+    canvas = np.zeros((64, 64, 3), np.uint8)
+    placement = Placement((200, 200), (64, 64), (0, 0), (64, 64), (64, 64))
+    draw(fine, placement, canvas)
+    assert np.ptp(canvas.astype(int)) < 90
+    same = dataclasses.replace(placement, original=(64, 64))
+    draw(canvas.copy(), same, again := np.zeros_like(canvas))
+    assert np.array_equal(canvas, again)
+
+
+@pytest.mark.parametrize(
+    "factors", [(1.3, 1.0, 1.0), (0.6, 1.0, 1.0), (1.0, 1.4, 1.0), (1.0, 0.7, 1.0), (1.0, 1.0, 1.5), (1.2, 0.8, 0.5)]
+)
+def test_colour_is_torchvisions_jitter(factors):
+    picture = np.asarray(smooth(40, 50)).copy()
+    expected = torch.from_numpy(picture.copy()).permute(2, 0, 1)
+    brightness, contrast, saturation = factors
+    expected = F.adjust_brightness(expected, brightness)
+    expected = F.adjust_contrast(expected, contrast)
+    expected = F.adjust_saturation(expected, saturation)
+    canvas = np.zeros((64, 64, 3), np.uint8)
+    canvas[:40, :50] = picture
+    colour(canvas[:40, :50], factors)
+    difference = np.abs(canvas[:40, :50].astype(int) - expected.permute(1, 2, 0).numpy().astype(int))
+    assert difference.max() <= 2
+    assert not canvas[40:].any() and not canvas[:, 50:].any()
