@@ -1,0 +1,87 @@
+"""Anchors: boxes of fixed sizes and ratios around every cell of the pyramid.
+
+Shape letters: B images, N anchors over all levels, A anchors a cell.
+
+Source: Faster R-CNN, section 3.1.1; Feature Pyramid Networks, section 4.1 (one size a level). The layout is
+torchvision's: base anchors are rounded to whole pixels and centred on multiples of the stride; within a level the order
+is row, column, then ratio and scale.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gesso.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchorConfig:
+    """Sizes and ratios of the anchors."""
+
+    sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
+    """Side in pixels of a square anchor, one for each pyramid level, finest first."""
+    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Height over width; the area stays."""
+    scales: tuple[float, ...] = (1.0,)
+    """Factors on the size, all of them on every level."""
+
+    def __post_init__(self) -> None:
+        for name in ("sizes", "ratios", "scales"):
+            values = getattr(self, name)
+            if not values or min(values) <= 0:
+                raise ConfigError(f"anchors.{name} is {values}", remedy="Give one or more numbers above 0.")
+
+    @property
+    def per_cell(self) -> int:
+        """A, the anchors of one cell."""
+        return len(self.ratios) * len(self.scales)
+
+
+def base_anchors(size: float, ratios: Sequence[float], scales: Sequence[float]) -> Tensor:
+    """The anchors (A, 4) of a cell at the origin, ratios outermost, rounded to whole pixels."""
+    sides = torch.tensor([size * scale for scale in scales])
+    heights = torch.tensor(ratios).sqrt()
+    w = ((1 / heights)[:, None] * sides).flatten()
+    h = (heights[:, None] * sides).flatten()
+    return (torch.stack([-w, -h, w, h], dim=1) / 2).round()
+
+
+class AnchorGenerator(nn.Module):
+    """Anchors of a whole pyramid, computed from the shapes of its maps."""
+
+    def __init__(self, config: AnchorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_levels = len(config.sizes)
+        for k, size in enumerate(config.sizes):
+            self.register_buffer(f"base{k}", base_anchors(size, config.ratios, config.scales), persistent=False)
+
+    def forward(self, shapes: Sequence[tuple[int, int]], image_shape: tuple[int, int]) -> Tensor:
+        """Anchors (N, 4) xyxy in pixels, level after level, in the dtype of the module.
+
+        Args:
+            shapes: (height, width) of each level's map.
+            image_shape: (H, W) of the padded pictures; the strides follow from it.
+        """
+        levels = []
+        for k, (rows, columns) in enumerate(shapes):
+            base: Tensor = self.get_buffer(f"base{k}")
+            y = torch.arange(rows, device=base.device, dtype=base.dtype) * (image_shape[0] // rows)
+            x = torch.arange(columns, device=base.device, dtype=base.dtype) * (image_shape[1] // columns)
+            y, x = y[:, None].expand(rows, columns), x[None, :].expand(rows, columns)
+            grid = torch.stack([x, y, x, y], dim=-1)
+            levels.append((grid[:, :, None, :] + base).view(-1, 4))
+        return torch.cat(levels)
+
+
+def centres_inside(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Whether the centre of each box (..., N, 4) lies in the picture proper: bool (B, N).
+
+    Args:
+        boxes: (N, 4) or (B, N, 4).
+        sizes: (B, 2) valid height and width.
+    """
+    x, y = (boxes[..., 0] + boxes[..., 2]) / 2, (boxes[..., 1] + boxes[..., 3]) / 2
+    return (x < sizes[:, 1:]) & (y < sizes[:, :1]) & (x >= 0) & (y >= 0)

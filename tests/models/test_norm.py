@@ -1,0 +1,134 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+from gesso.errors import ConfigError
+from gesso.models.norm import NormPolicy, PolicyBatchNorm2d, apply_norm_policy
+
+
+def small(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
+
+
+def statistics(module):
+    return {name: value.clone() for name, value in module.state_dict().items() if "running" in name}
+
+
+@pytest.mark.parametrize("kind", ["train", "sync"])
+def test_over_the_whole_batch_it_is_plain_batch_norm(kind):
+    plain, ours = small(), small()
+    assert apply_norm_policy(ours, NormPolicy(kind=kind)) == 2
+    x = torch.randn(4, 3, 9, 9)
+    assert torch.equal(plain(x), ours(x))
+    assert plain.state_dict().keys() == ours.state_dict().keys()
+    for a, b in zip(plain.state_dict().values(), ours.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(plain.eval()(x), ours.eval()(x))
+
+
+@pytest.mark.parametrize("kind", ["fixed", "affine"])
+def test_fixed_statistics_survive_train(kind):
+    module = small()
+    x = torch.randn(4, 3, 9, 9)
+    module(x)
+    expected, before = module.eval()(x), statistics(module)
+    apply_norm_policy(module, NormPolicy(kind=kind))
+    module.train()
+    assert torch.equal(module(x), expected)
+    module(x).sum().backward()
+    assert all(torch.equal(before[name], value) for name, value in statistics(module).items())
+    assert all((p.grad is not None) == (kind == "affine") for m in (module[1], module[4]) for p in m.parameters())
+    assert module[0].weight.grad is not None
+
+
+def test_one_policy_follows_another():
+    module = small()
+    apply_norm_policy(module, NormPolicy(kind="fixed"))
+    apply_norm_policy(module, NormPolicy(kind="train"))
+    assert module[1].training and module[1].weight.requires_grad
+    before = statistics(module)
+    module(torch.randn(4, 3, 9, 9))
+    assert all(not torch.equal(before[name], value) for name, value in statistics(module).items())
+    module.eval()
+    apply_norm_policy(module, NormPolicy(kind="sync"))
+    assert not module[1].training, "the module's mode is kept"
+
+
+def test_weights_frozen_before_stay_frozen():
+    module = small()
+    module[1].weight.requires_grad_(False)
+    for kind in ("train", "fixed", "affine"):
+        apply_norm_policy(module, NormPolicy(kind=kind))
+    assert not module[1].weight.requires_grad and module[4].weight.requires_grad
+
+
+def test_groups_of_images_equal_batch_norm_on_each_group():
+    torch.manual_seed(0)
+    plain = nn.BatchNorm2d(5).double()
+    nn.init.normal_(plain.weight)
+    ours = nn.Sequential(nn.BatchNorm2d(5).double())
+    ours[0].load_state_dict(plain.state_dict())
+    apply_norm_policy(ours, NormPolicy(kind="train", images=2))
+    x = torch.randn(6, 5, 4, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
+    means = []
+    parts = []
+    for part in x.split(2):
+        one = nn.BatchNorm2d(5).double()
+        one.load_state_dict(plain.state_dict())
+        parts.append(one(part))
+        means.append(one.running_mean)
+    (wanted,) = torch.autograd.grad((torch.cat(parts) * weight).sum(), x)
+    out = ours(x)
+    torch.testing.assert_close(out, torch.cat(parts))
+    torch.testing.assert_close(torch.autograd.grad((out * weight).sum(), x)[0], wanted)
+    torch.testing.assert_close(ours[0].running_mean, torch.stack(means).mean(0))
+    assert ours[0].num_batches_tracked == 1
+    with pytest.raises(ConfigError, match=r"groups of norm\.images = 2"):
+        ours(x[:3])
+
+
+def test_timm_layers_keep_their_activation():
+    torch.manual_seed(0)
+    net = timm.create_model("efficientnet_b0", features_only=True, pretrained=False)
+    x = torch.randn(1, 3, 32, 32)
+    expected = net.eval()(x)
+    names = net.state_dict().keys()
+    apply_norm_policy(net, NormPolicy(kind="fixed"))
+    assert net.state_dict().keys() == names
+    for a, b in zip(net.train()(x), expected, strict=True):
+        assert a.shape == b.shape
+    for a, b in zip(net.eval()(x), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_group_norm_replaces_batch_norm():
+    module = small()
+    nn.init.normal_(module[1].weight)
+    weight = module[1].weight
+    assert apply_norm_policy(module, NormPolicy(kind="group_norm")) == 2
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in module.modules())
+    x = torch.randn(2, 8, 5, 5)
+    torch.testing.assert_close(module[1](x), nn.functional.group_norm(x, 8, weight, torch.zeros(8)))
+
+
+def test_what_cannot_be_asked_for():
+    with pytest.raises(ConfigError, match="4 processes"):
+        apply_norm_policy(small(), NormPolicy(kind="sync"), world_size=4)
+    with pytest.raises(ConfigError, match="no effect"):
+        NormPolicy(kind="fixed", images=8)
+    with pytest.raises(ConfigError, match="above 0"):
+        NormPolicy(images=0)
+
+
+def test_a_layer_repeats_its_source_in_float64_and_bfloat16():
+    source = nn.BatchNorm2d(3).double()
+    layer = PolicyBatchNorm2d(source, NormPolicy())
+    assert layer(torch.randn(2, 3, 2, 2, dtype=torch.float64)).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (
+            PolicyBatchNorm2d(nn.BatchNorm2d(3), NormPolicy())(torch.randn(2, 3, 2, 2).bfloat16()).dtype
+            == torch.bfloat16
+        )

@@ -1,0 +1,111 @@
+import dataclasses
+
+import pytest
+import torch
+from torchvision.models.detection.anchor_utils import AnchorGenerator as ReferenceAnchors
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork as Reference
+from torchvision.models.detection.rpn import RPNHead as ReferenceHead
+
+from gesso.errors import ConfigError
+from gesso.models.anchors import AnchorConfig, AnchorGenerator
+from gesso.models.rpn import RegionProposalNetwork, RPNConfig
+from tests.models.helpers import random_batch
+
+SIZES = (8.0, 16.0, 32.0, 64.0, 128.0)
+SIDE = 64
+
+
+def networks(**changes):
+    """Ours, and torchvision's with the same weights."""
+    torch.manual_seed(0)
+    config = RPNConfig(before_nms=60, before_nms_test=40, after_nms=50, after_nms_test=30, **changes)
+    ours = RegionProposalNetwork(config, width=8, anchors=AnchorGenerator(AnchorConfig(sizes=SIZES)))
+    for layer in (ours.head.objectness, ours.head.deltas):
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    reference = Reference(
+        ReferenceAnchors(tuple((s,) for s in SIZES), ((0.5, 1.0, 2.0),) * 5),
+        ReferenceHead(8, 3),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        batch_size_per_image=10**6,
+        positive_fraction=1.0,
+        pre_nms_top_n={"training": 60, "testing": 40},
+        post_nms_top_n={"training": 50, "testing": 30},
+        nms_thresh=0.7,
+    )
+    reference.head.load_state_dict(dict(zip(reference.head.state_dict(), ours.head.state_dict().values(), strict=True)))
+    return ours, reference
+
+
+def pyramid():
+    return [torch.randn(2, 8, max(1, SIDE // s), max(1, SIDE // s)) for s in (4, 8, 16, 32, 64)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_proposals_equal_torchvision(training):
+    ours, reference = networks()
+    ours.train(training)
+    reference.train(training)
+    maps, sizes = pyramid(), torch.full((2, 2), SIDE)
+    found = ours.propose(ours(maps, (SIDE, SIDE), sizes), sizes)
+    images = ImageList(torch.zeros(2, 3, SIDE, SIDE), [(SIDE, SIDE)] * 2)
+    logits, deltas = reference.head(maps)
+    from torchvision.models.detection.rpn import concat_box_prediction_layers
+
+    anchors = reference.anchor_generator(images, maps)
+    counts = [level[0].numel() for level in logits]
+    logits, deltas = concat_box_prediction_layers(logits, deltas)
+    boxes = reference.box_coder.decode(deltas, anchors).view(2, -1, 4)
+    expected, scores = reference.filter_proposals(boxes, logits, images.image_sizes, counts)
+    for b in range(2):
+        torch.testing.assert_close(found.boxes[b][found.valid[b]], expected[b])
+        torch.testing.assert_close(found.scores[b][found.valid[b]].sigmoid(), scores[b])
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_losses_equal_torchvision_when_everything_is_sampled(pictures):
+    ours, reference = networks(samples=10**6, positive_share=1.0)
+    batch, targets = random_batch(2, SIDE)
+    maps = [m[:pictures] for m in pyramid()]
+    first = {f.name: getattr(targets, f.name) for f in dataclasses.fields(targets)}
+    targets = dataclasses.replace(targets, **{k: v[:pictures] for k, v in first.items() if v is not None})
+    sizes = batch.sizes[:pictures]
+    terms = ours.losses(ours(maps, (SIDE, SIDE), sizes), targets, batch.key[:pictures])
+    images = ImageList(torch.zeros(pictures, 3, SIDE, SIDE), [(SIDE, SIDE)] * pictures)
+    truth = [{"boxes": targets.boxes[b][targets.valid[b]]} for b in range(pictures)]
+    _, expected = reference(images, dict(enumerate(maps)), truth)
+    found = {name: term.total / term.samples for name, term in terms.items()}
+    torch.testing.assert_close(found["rpn_objectness"], expected["loss_objectness"])
+    torch.testing.assert_close(found["rpn_box"], expected["loss_rpn_box_reg"])
+
+
+def test_nothing_is_proposed_or_learnt_in_the_padding():
+    ours, _ = networks(samples=10**6, positive_share=1.0)
+    sizes = torch.tensor([[SIDE, SIDE], [40, 24]])
+    predictions = ours(pyramid(), (SIDE, SIDE), sizes)
+    found = ours.propose(predictions, sizes)
+    assert (found.boxes[1, :, 2] <= 24).all() and (found.boxes[1, :, 3] <= 40).all()
+    assert found.valid.any(dim=1).all()
+    batch, targets = random_batch(2, SIDE, filled=0)
+    logits = predictions.logits.detach().requires_grad_()
+    ours.losses(predictions._replace(logits=logits), targets, batch.key)["rpn_objectness"].total.backward()
+    centre = (predictions.anchors[:, :2] + predictions.anchors[:, 2:]) / 2
+    inside = (centre[:, 0] < 24) & (centre[:, 1] < 40)
+    assert torch.equal(logits.grad[1] != 0, inside) and (logits.grad[0] != 0).all()
+
+
+def test_weights_that_are_no_numbers_do_not_crash():
+    ours, _ = networks()
+    torch.nn.init.constant_(ours.head.deltas.weight, float("nan"))
+    sizes = torch.full((2, 2), SIDE)
+    found = ours.propose(ours(pyramid(), (SIDE, SIDE), sizes), sizes)
+    assert not found.valid.any() and (found.boxes == 0).all()
+
+
+@pytest.mark.parametrize(
+    "change", [{"positive_iou": 1.5}, {"negative_iou": 0.9}, {"samples": 0}, {"after_nms_test": 0}, {"nms_iou": -0.1}]
+)
+def test_configuration(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        RPNConfig(**change)
