@@ -1,0 +1,95 @@
+"""The configuration of a run: the tree that a recipe returns."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from gesso import config as configs
+from gesso.data.demo import DemoConfig
+from gesso.errors import ConfigError
+from gesso.models.faster_rcnn import FasterRCNNConfig
+from gesso.run.folder import RunFolder
+from gesso.training.loop import TrainingConfig
+
+FREE_KEYS = ("device", "tensorboard", "data.workers", "data.inference_batch_size")
+FREE_STAGE_KEYS = ("log_every", "checkpoint_every", "evaluate_every", "keep_checkpoints")
+"""What a resume may change without being asked twice: it does not change the result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which data a run learns from and is measured on."""
+
+    train: Path | None = None
+    """Index to train on; without it the embedded data set, where the recipe has one."""
+    val: Path | None = None
+    """Index to evaluate on, joined by category name; without it nothing is evaluated (the embedded set has its own)."""
+    embedded: DemoConfig | None = None
+    """The embedded training set of the recipe, made inside the run folder where no index is named."""
+    embedded_val: int = 200
+    """Scenes of the embedded validation set."""
+    workers: int = 1
+    """Processes that load pictures; 0 loads in the training process. The result does not depend on it."""
+    max_boxes: int = 100
+    """Ground-truth slots per picture; further boxes are left out (ignored ones first) and counted."""
+    inference_batch_size: int = 8
+    """Pictures per batch in evaluation and prediction."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0 or self.max_boxes < 1 or self.inference_batch_size < 1 or self.embedded_val < 1:
+            raise ConfigError(
+                "data: workers must be at least 0; max_boxes, inference_batch_size, embedded_val at least 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run's result; a recipe returns one."""
+
+    seed: int = 0
+    """Decides the first weights, the order of samples and every random choice."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU where there is one."""
+    model: FasterRCNNConfig = field(default_factory=FasterRCNNConfig)
+    """The detector."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data."""
+    pretraining: TrainingConfig | None = None
+    """The first stage of direct pre-training, on the same data; None = no such stage."""
+    training: TrainingConfig
+    """The (last) stage."""
+    tensorboard: bool = False
+    """Also write TensorBoard files into the run folder (needs the extra 'tensorboard')."""
+
+    def stages(self) -> list[tuple[str, TrainingConfig]]:
+        """The stages in order, by the name of their key."""
+        first = [] if self.pretraining is None else [("pretraining", self.pretraining)]
+        return [*first, ("training", self.training)]
+
+
+def read_run_config(folder: RunFolder) -> RunConfig:
+    """The configuration of an existing run. ConfigError where it cannot be read by this version."""
+    return configs.from_dict(RunConfig, folder.read_config()["config"])
+
+
+def check_same(folder: RunFolder, config: RunConfig) -> None:
+    """Refuses a resume whose configuration would change the result."""
+    free = {*FREE_KEYS, *(f"{stage}.{key}" for stage in ("pretraining", "training") for key in FREE_STAGE_KEYS)}
+    changed = {
+        key: values for key, values in configs.differences(read_run_config(folder), config).items() if key not in free
+    }
+    if changed:
+        shown = "; ".join(f"{key} was {old}, is {new}" for key, (old, new) in list(changed.items())[:6])
+        raise ConfigError(
+            f"the configuration is not that of the run: {shown}",
+            where=folder.path,
+            remedy="Resume without these options.",
+        )
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """A copy whose paths do not depend on the working directory."""
+    data = config.data
+    paths = {name: path.absolute() for name in ("train", "val") if (path := getattr(data, name)) is not None}
+    return dataclasses.replace(config, data=dataclasses.replace(data, **paths))

@@ -1,0 +1,234 @@
+"""A trained detector out of a run: predictions on pictures of any size, and scores on an index."""
+
+import dataclasses
+import glob
+import importlib
+import itertools
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from gesso import distributed
+from gesso.data.index import Index
+from gesso.data.loading import inference_batches, picture_batches
+from gesso.data.transforms import InputConfig
+from gesso.errors import ConfigError, DataError, InputError, RunError
+from gesso.evaluation.coco import score_coco
+from gesso.evaluation.detections import DetectionTable
+from gesso.evaluation.predict import predict
+from gesso.label_space import LabelSpace
+from gesso.models.build import build_detector
+from gesso.models.norm import apply_norm_policy
+from gesso.run.config import RunConfig, read_run_config
+from gesso.run.folder import RunFolder
+from gesso.training import checkpoint as checkpoints
+
+PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"))
+_MAGIC = frozenset("*?[")
+
+Picture = str | Path | npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What was found in one picture, by falling score.
+
+    Attributes:
+        xyxy: (n, 4) float32 pixels of the stored picture.
+        confidence: (n,) float32 in [0, 1].
+        class_id: (n,) int64.
+        names: (n,) the class names.
+        error: why the picture could not be read; None where it could.
+    """
+
+    xyxy: npt.NDArray[np.float32]
+    confidence: npt.NDArray[np.float32]
+    class_id: npt.NDArray[np.int64]
+    names: tuple[str, ...]
+    error: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.confidence)
+
+    def of_classes(self, names: Collection[str]) -> "Predictions":
+        """Those of some classes, by name."""
+        keep = np.array([name in names for name in self.names], dtype=bool)
+        return Predictions(
+            xyxy=self.xyxy[keep],
+            confidence=self.confidence[keep],
+            class_id=self.class_id[keep],
+            names=tuple(name for name in self.names if name in names),
+        )
+
+    def to_supervision(self) -> Any:
+        """The same as ``supervision.Detections``. ConfigError where supervision is not installed."""
+        try:
+            module = importlib.import_module("gesso.evaluation.supervision")
+        except ModuleNotFoundError as error:
+            what = "supervision is not installed"
+            raise ConfigError(what, remedy="pip install 'gesso[supervision]'.") from error
+        labels = dict(zip(self.class_id.tolist(), self.names, strict=True))
+        every = [labels.get(i, "") for i in range(max(labels, default=-1) + 1)]
+        return module.to_supervision(self.xyxy, self.confidence, self.class_id, every)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainedDetector:
+    """A detector with what it needs to be used.
+
+    Attributes:
+        detector: the module, on ``device``.
+        label_space: the categories that it predicts.
+        input: how pictures become its input.
+        device: where it runs.
+        batch_size: pictures at a time.
+    """
+
+    detector: nn.Module
+    label_space: LabelSpace
+    input: InputConfig
+    device: torch.device
+    batch_size: int = 8
+
+    def predict(
+        self,
+        pictures: Sequence[Picture],
+        *,
+        min_score: float = 0.0,
+        strict: bool = True,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Predictions]:
+        """Detects in pictures of any size.
+
+        Args:
+            pictures: paths, or uint8 (H, W, 3) RGB arrays.
+            min_score: detections below it are left out.
+            strict: raise where a picture cannot be read; otherwise its entry is empty and has an ``error``.
+            progress: called after each batch with the number of its pictures.
+
+        Returns:
+            One entry a picture, in their order.
+
+        Raises:
+            DataError: a picture cannot be read, and ``strict`` is on.
+        """
+        given = [Path(p) if isinstance(p, str) else p for p in pictures]
+        batches = picture_batches(given, self.input, batch_size=self.batch_size)
+        found = predict(self.detector, batches, device=self.device, progress=progress)
+        if batches.broken and strict:
+            raise batches.broken[0].error
+        starts = np.searchsorted(found.image_id, np.arange(len(given) + 1))
+        every = [self._of_picture(found, slice(a, b), min_score) for a, b in itertools.pairwise(starts)]
+        for broken in batches.broken:
+            every[broken.row] = dataclasses.replace(every[broken.row], error=str(broken.error))
+        return every
+
+    def _of_picture(self, found: DetectionTable, rows: slice, min_score: float) -> Predictions:
+        keep = found.score[rows] >= min_score
+        labels = found.label[rows][keep]
+        return Predictions(
+            xyxy=found.xyxy[rows][keep].astype(np.float32),
+            confidence=found.score[rows][keep].astype(np.float32),
+            class_id=labels,
+            names=tuple(self.label_space.names[i] for i in labels.tolist()),
+        )
+
+    def detect(
+        self, index: Index, *, workers: int = 0, progress: Callable[[int], None] | None = None
+    ) -> DetectionTable:
+        """All detections on the pictures of an index, labelled in the detector's own label space."""
+        batches = inference_batches(index, self.input, batch_size=self.batch_size, workers=workers)
+        try:
+            return predict(
+                self.detector, batches, device=self.device, image_ids=np.asarray(index.image_ids), progress=progress
+            )
+        finally:
+            batches.close()
+
+    def evaluate(
+        self, index: Index, *, workers: int = 0, progress: Callable[[int], None] | None = None
+    ) -> tuple[dict[str, Any], DetectionTable]:
+        """COCO's scores on an index, joined by category name, and the detections (in the index's label space).
+
+        Raises:
+            DataError: the detector and the index share no category.
+        """
+        found = self.detect(index, workers=workers, progress=progress)
+        there = self.label_space.map_to(index.label_space)
+        if all(target < 0 for target in there.targets):
+            raise DataError(
+                f"none of its categories ({', '.join(index.label_space.names[:4])} ...) is one that the detector knows "
+                f"({', '.join(self.label_space.names[:4])} ...)",
+                where=index.path,
+                remedy="Evaluate on data with the same category names.",
+            )
+        mapped = found.map_labels(there)
+        return score_coco(index, mapped), mapped
+
+
+def find_pictures(words: Sequence[str | Path]) -> list[Path]:
+    """The picture files that the words name: files, folders (all pictures below them), and globs; each once, in order.
+
+    Raises:
+        InputError: a word names nothing, or a folder or glob without pictures.
+    """
+    found: dict[Path, None] = {}
+    for word in words:
+        path = Path(word)
+        if path.is_dir():
+            some = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in PICTURES and p.is_file()]
+        elif path.exists():
+            some = [path]
+        elif _MAGIC & set(str(word)):
+            matches = glob.glob(str(word), recursive=True)  # noqa: PTH207  (Path.glob takes no absolute pattern)
+            some = [p for p in map(Path, sorted(matches)) if p.suffix.lower() in PICTURES]
+        else:
+            raise InputError("there is no such picture or folder", where=path, remedy="Check the path.")
+        if not some:
+            raise InputError("no picture is found there", where=path, remedy=f"Known: {', '.join(sorted(PICTURES))}.")
+        found |= dict.fromkeys(some)
+    return list(found)
+
+
+def load_run(path: Path, *, device: str = "auto") -> TrainedDetector:
+    """The detector of a run with its best weights (the last ones where nothing was evaluated), ready to predict.
+
+    Raises:
+        RunError: there is no such run, or it has no whole checkpoint yet.
+    """
+    folder = RunFolder.open(path)
+    config = read_run_config(folder)
+    found = checkpoints.best_checkpoint(folder.checkpoints)
+    if found is None:
+        raise RunError("this run has no whole checkpoint yet", where=path, remedy="Let it train longer.")
+    space = folder.read_label_space()
+    detector = new_detector(config, len(space), pretrained=False)
+    for name, stage in config.stages():  # one policy after the other, as in training
+        apply_norm_policy(detector, stage.norm)
+        if name == found.state.stage:
+            break
+    detector.load_state_dict(found.weights())
+    detector.to(memory_format=torch.channels_last if stage.channels_last else torch.contiguous_format)
+    place = distributed.choose_device(device)
+    return TrainedDetector(
+        detector=detector.to(place).eval(),
+        label_space=space,
+        input=stage.input,
+        device=place,
+        batch_size=config.data.inference_batch_size,
+    )
+
+
+def new_detector(config: RunConfig, num_classes: int, *, pretrained: bool | None) -> nn.Module:
+    """The detector; ``pretrained`` None follows the configuration, False spares the download."""
+    model = config.model
+    if pretrained is False:
+        backbone = dataclasses.replace(model.backbone, pretrained=False, pretrained_required=False)
+        model = dataclasses.replace(model, backbone=backbone)
+    return build_detector(model, num_classes)

@@ -1,0 +1,142 @@
+"""``report.html`` of one run, and of several runs beside each other."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gesso
+from gesso.config import flatten
+from gesso.data.index import Index
+from gesso.evaluation.detection_files import read_detections
+from gesso.evaluation.detections import DetectionTable
+from gesso.reports.comparison import Arm, Point, comparison_report
+from gesso.reports.html import Gallery, Plot, Plots, Report, Section, Table, write_report
+from gesso.reports.plots import Series, line_plot
+from gesso.run.config import read_run_config
+from gesso.run.folder import RunFolder
+from gesso.run.gallery import exhibits
+
+SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+SHOWN_SCORE = 0.4
+
+
+def write_run_report(folder: RunFolder, val: Index | None) -> Path:
+    """Writes the report of a finished run into its folder: scores, curves, pictures and settings."""
+    rows = folder.rows()
+    evaluations = [row for row in rows if "AP" in row]
+    losses = [row for row in rows if "loss" in row]
+    sections: list[Section] = []
+    if evaluations:
+        table = [(f"step {row['step']:,}", *(_known(row[key]) for key in SCORES)) for row in evaluations]
+        sections.append(Table(title="Scores on the validation data", columns=("after", *SCORES), rows=tuple(table)))
+    sections.append(_curves(losses, evaluations))
+    if val is not None and evaluations:
+        found = last_detections(folder, val)
+        pictures = exhibits(val, [found], count=6, min_score=SHOWN_SCORE)
+        sections.append(
+            Gallery(title="Validation pictures", columns=("Ground truth", "Detections"), exhibits=tuple(pictures))
+        )
+        classes = sorted(evaluations[-1]["by_class"].items(), key=lambda item: -item[1])
+        sections.append(
+            Table(
+                title="AP by class",
+                columns=("class", "AP"),
+                rows=tuple((n, _known(v)) for n, v in classes),
+                folded=True,
+            )
+        )
+    last = losses[-1] if losses else {"seconds": 0.0, "images": 0}
+    summary = f"Trained for {last['seconds']:.0f} seconds on {last['images']:,} images"
+    summary += f"; AP {evaluations[-1]['AP']:.3f}." if evaluations else ". Nothing was evaluated."
+    stored = folder.read_config()
+    report = Report(
+        title=f"{stored.get('recipe') or 'Run'} in {folder.path.name}",
+        summary=summary,
+        sections=tuple(sections),
+        settings=_settings(folder),
+        footer=footer(stored["environment"]),
+    )
+    return write_report(folder.report, report)
+
+
+def write_comparison(
+    path: Path,
+    runs: Sequence[tuple[str, str, RunFolder]],
+    val: Index,
+    *,
+    title: str,
+    task: str,
+    commands: Sequence[tuple[str, str]] = (),
+) -> Path:
+    """Writes one report of two to four runs that were trained for the same task; the first is the baseline.
+
+    Args:
+        path: the HTML file.
+        runs: (name as in a table, phrase as within a sentence, folder).
+        val: the data that all were evaluated on.
+        title, task, commands: see ``comparison_report``.
+    """
+    arms = [_arm(name, phrase, folder) for name, phrase, folder in runs]
+    pictures = exhibits(val, [last_detections(folder, val) for _, _, folder in runs], count=6, min_score=SHOWN_SCORE)
+    settings = {f"{name}: {key}": value for name, _, folder in runs for key, value in _settings(folder).items()}
+    report = comparison_report(
+        arms,
+        title=title,
+        task=task,
+        exhibits=pictures,
+        commands=commands,
+        settings=settings,
+        footer=footer(runs[0][2].read_config()["environment"]),
+    )
+    return write_report(path, report)
+
+
+def last_detections(folder: RunFolder, val: Index) -> DetectionTable:
+    """The detections of the run's last evaluation, in the label space of the validation data."""
+    step = [row["step"] for row in folder.rows() if "AP" in row][-1]
+    return read_detections(folder.detections / f"{step:08d}" / "detections.parquet", val.label_space.ids)
+
+
+def footer(environment: Mapping[str, Any]) -> str:
+    """Version, machine and date in a line."""
+    place = environment["gpu"] or f"{environment['threads']} CPU threads"
+    return f"Gesso {gesso.__version__}, torch {environment['torch']}, {place}, {time.strftime('%Y-%m-%d')}"
+
+
+def _arm(name: str, phrase: str, folder: RunFolder) -> Arm:
+    rows = folder.rows()
+    losses = [row for row in rows if "loss" in row]
+    evaluations = [row for row in rows if "AP" in row]
+    first = [row["seconds"] for row in losses if row["stage"] == "pretraining"]
+    return Arm(
+        name=name,
+        phrase=phrase,
+        scores=evaluations[-1],
+        seconds=losses[-1]["seconds"],
+        images=losses[-1]["images"],
+        losses=[Point(seconds=row["seconds"], step=row["step"], value=row["loss"]) for row in losses],
+        scores_over_time=[Point(seconds=row["seconds"], step=row["step"], value=row["AP"]) for row in evaluations],
+        breaks=(max(first),) if first else (),
+    )
+
+
+def _curves(losses: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> Plots:
+    plots = []
+    if losses:
+        line = Series(name="loss", x=[row["step"] for row in losses], y=[row["loss"] for row in losses])
+        svg = line_plot([line], x_label="step", y_label="loss", smoothing=0.03)
+        plots.append(Plot(svg=svg, caption="Training loss", alt=f"The loss falls to {losses[-1]['loss']:.2f}."))
+    if len(evaluations) > 1:
+        line = Series(name="AP", x=[row["step"] for row in evaluations], y=[row["AP"] for row in evaluations])
+        svg = line_plot([line], x_label="step", y_label="AP", y_zero=True, dots=True)
+        plots.append(Plot(svg=svg, caption="AP on the validation data", alt=f"AP ends at {evaluations[-1]['AP']:.3f}."))
+    return Plots(title="Curves", plots=tuple(plots))
+
+
+def _settings(folder: RunFolder) -> dict[str, Any]:
+    return {key: value for key, value in flatten(read_run_config(folder)).items() if not key.endswith("type")}
+
+
+def _known(value: float) -> float | None:
+    return None if value < 0 else value

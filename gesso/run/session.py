@@ -1,0 +1,310 @@
+"""One process's work on a run: stage after stage, from the newest checkpoint to the end."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gesso import config as configs
+from gesso import distributed, log
+from gesso.data.loading import training_batches
+from gesso.errors import InputError, Interrupted, RunError
+from gesso.evaluation.coco import KEYS
+from gesso.evaluation.detection_files import write_detections
+from gesso.models.norm import apply_norm_policy
+from gesso.random_key import fold, stream
+from gesso.run.config import RunConfig
+from gesso.run.data import open_data
+from gesso.run.folder import RunFolder
+from gesso.run.predictor import TrainedDetector, new_detector
+from gesso.run.report import write_run_report
+from gesso.training import checkpoint as checkpoints
+from gesso.training.checkpoint import Checkpoint, CheckpointState
+from gesso.training.ema import EMA
+from gesso.training.loop import Callbacks, Row, Stage, TrainingConfig, run_stage
+from gesso.training.optimizer import build_optimizer
+
+logger = log.get_logger(__name__)
+
+INIT = stream("init")
+STAGES = {name: stream(name) for name in ("pretraining", "training")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a finished run came to.
+
+    Attributes:
+        path: its folder.
+        scores: the last evaluation; None where there is no validation data.
+        seconds: of training, without evaluation.
+        images: seen in training, repeats included.
+    """
+
+    path: Path
+    scores: dict[str, Any] | None
+    seconds: float
+    images: int
+
+
+class Observer:
+    """Is told how a run goes; the command line draws a progress line with it. All methods may be left as they are."""
+
+    should_stop: Callable[[], bool] = staticmethod(lambda: False)
+
+    def plan(self, stages: list[tuple[str, int]], evaluations: int) -> None:
+        """The stages with their steps, and how many evaluations there will be."""
+
+    def prepare(self, what: str, done: int, total: int) -> None:
+        """Progress of making the embedded data set."""
+
+    def step(self, stage: str, step: int) -> None:
+        """A step of a stage is done."""
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """A row was written to metrics.jsonl."""
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Progress of an evaluation."""
+
+
+class Session:
+    """One process's work on a run, from its newest checkpoint to its end."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, observer: Observer, how_to_resume: str) -> None:
+        self.config, self.folder, self.observer, self.how_to_resume = config, folder, observer, how_to_resume
+        self.device = distributed.choose_device(config.device)
+        self.train_index, self.val_index = open_data(config.data, folder.path, observer.prepare)
+        self.space = self.train_index.label_space
+        folder.keep_label_space(self.space)
+        self.base = 0  # steps of the stages before the one at hand
+        self.best: tuple[float, int] | None = None  # AP and step
+        self.saved_best: tuple[float, int] | None = None  # the same among the checkpoints on disk
+        self.tensorboard: Any = None
+
+    def run(self, init: Path | None) -> RunResult:
+        """Works through the stages that are left. See ``train``."""
+        torch.manual_seed(fold(self.config.seed, INIT))
+        newest = checkpoints.newest_checkpoint(self.folder.checkpoints)
+        detector = new_detector(
+            self.config, len(self.space), pretrained=None if newest is None and init is None else False
+        )
+        if init is not None and newest is None:
+            _start_from(detector, init)
+        self._rewind(newest)
+        detector.to(self.device)
+        stages = self.config.stages()
+        self.observer.plan([(name, stage.steps) for name, stage in stages], self._evaluations())
+        seconds = 0.0
+        names = [name for name, _ in stages]
+        for name, stage_config in stages:
+            if newest is not None and names.index(newest.state.stage) > names.index(name):
+                apply_norm_policy(detector, stage_config.norm)  # may have made other layers
+                self.base += stage_config.steps
+                continue
+            stage = self._prepare(name, stage_config, detector, newest, seconds)
+            newest = None
+            self._train(name, stage)
+            seconds = stage.seconds
+            if stage.ema is not None:
+                detector.load_state_dict(stage.ema.average)
+            self.base += stage_config.steps
+        write_run_report(self.folder, self.val_index)
+        last = next((row for row in reversed(self.folder.rows()) if "AP" in row), None)
+        scores = None if last is None else {key: last[key] for key in (*KEYS, "by_class")}
+        images = sum(stage.steps * stage.batch_size for _, stage in stages)
+        return RunResult(path=self.folder.path, scores=scores, seconds=seconds, images=images)
+
+    def close(self) -> None:
+        """Brings what is still in memory to the disk."""
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+    def _evaluations(self) -> int:
+        """How many evaluations the whole run makes."""
+        if self.val_index is None:
+            return 0
+        stages = [stage for _, stage in self.config.stages()]
+        return sum(stage.steps // stage.evaluate_every for stage in stages) + bool(
+            stages[-1].steps % stages[-1].evaluate_every
+        )
+
+    def _rewind(self, newest: Checkpoint | None) -> None:
+        """Takes the folder back to the checkpoint that the run goes on from (or to its beginning)."""
+        step = 0 if newest is None else newest.state.step
+        self.folder.rewind(step)
+        if newest is not None:
+            state = newest.state
+            self.best = (
+                None if state.best_score is None or state.best_step is None else (state.best_score, state.best_step)
+            )
+            self.saved_best = self.best
+            logger.info("going on from step %d", step)
+        if self.config.tensorboard:
+            module = importlib.import_module("gesso.reports.tensorboard")
+            self.tensorboard = module.TensorBoardWriter(self.folder.path / "tensorboard", resumed_step=step + 1)
+
+    def _prepare(
+        self, name: str, config: TrainingConfig, detector: nn.Module, newest: Checkpoint | None, seconds: float
+    ) -> Stage:
+        """A stage at its beginning, or where the checkpoint left it."""
+        apply_norm_policy(detector, config.norm, world_size=distributed.world_size())
+        detector.to(torch.float64 if config.precision == "float64" else torch.float32)
+        if config.channels_last:
+            detector.to(memory_format=torch.channels_last)
+        if newest is not None:
+            newest.load_model(detector)
+        ema = None if config.ema_decay is None else EMA(detector, config.ema_decay)
+        stage = Stage(
+            config=config,
+            module=detector,
+            optimizer=build_optimizer(detector, config.optimizer),
+            ema=ema,
+            device=self.device,
+            seed=fold(self.config.seed, STAGES[name]),
+            seconds=seconds,
+        )
+        if newest is not None:
+            newest.load_optimizer(stage.optimizer)
+            if ema is not None:
+                newest.load_ema(ema)
+            stage.step, stage.sample, stage.seconds = newest.state.stage_step, newest.state.sample, newest.state.seconds
+        return stage
+
+    def _train(self, name: str, stage: Stage) -> None:
+        if stage.step >= stage.config.steps:
+            return
+        data = self.config.data
+        logger.info(
+            "%s: %d steps of %d pictures from step %d, on %d images with %d boxes",
+            name,
+            stage.config.steps,
+            stage.config.batch_size,
+            stage.step,
+            len(self.train_index),
+            self.train_index.num_boxes,
+        )
+        batches = training_batches(
+            self.train_index,
+            stage.config.input,
+            seed=stage.seed,
+            batch_size=stage.config.batch_size,
+            first_sample=stage.sample,
+            workers=data.workers,
+            max_boxes=data.max_boxes,
+        )
+        last = name == self.config.stages()[-1][0]
+        callbacks = Callbacks(
+            row=lambda step, row: self._row(name, self.base + step, row),
+            checkpoint=lambda at: self._save(name, at),
+            evaluate=lambda at: self._evaluate(name, at, final=last),
+            tick=lambda step: self.observer.step(name, step),
+            should_stop=self.observer.should_stop,
+        )
+        try:
+            run_stage(stage, batches, callbacks)
+        finally:
+            batches.close()
+        if stage.stopped and not (last and stage.step == stage.config.steps):
+            raise Interrupted(
+                f"interrupted at step {self.base + stage.step}; everything up to it is saved",
+                where=self.folder.path,
+                remedy=f"Go on with: {self.how_to_resume}" if self.how_to_resume else "Go on with resume=True.",
+            )
+
+    def _row(self, name: str, step: int, row: Row) -> None:
+        before = sum(s.steps * s.batch_size for _, s in self.config.stages()[: self._number(name)])
+        row = {"step": step, "stage": name, **row, "images": before + row["images"]}
+        self.folder.append(row)
+        self.observer.row(row)
+        if self.tensorboard is not None:
+            self.tensorboard.add_row(step, row, group="train")
+
+    def _number(self, name: str) -> int:
+        return [stage for stage, _ in self.config.stages()].index(name)
+
+    def _evaluate(self, name: str, stage: Stage, *, final: bool) -> None:
+        if self.val_index is None or (
+            stage.step == stage.config.steps and not final and stage.step % stage.config.evaluate_every
+        ):
+            return
+        ready = TrainedDetector(
+            detector=stage.module,
+            label_space=self.space,
+            input=stage.config.input,
+            device=self.device,
+            batch_size=self.config.data.inference_batch_size,
+        )
+        done, total, index = [0], len(self.val_index), self.val_index
+
+        def progress(count: int) -> None:
+            done[0] += count
+            self.observer.evaluating(done[0], total)
+
+        with stage.ema.swapped_in(stage.module) if stage.ema is not None else nullcontext():
+            scores, found = ready.evaluate(index, workers=self.config.data.workers, progress=progress)
+        step = self.base + stage.step
+        write_detections(found, self.folder.detections / f"{step:08d}" / "detections.parquet", index.label_space.ids)
+        row = {"step": step, "stage": name, "seconds": stage.seconds, **scores}
+        self.folder.append(row)
+        self.observer.row(row)
+        if self.tensorboard is not None:
+            self.tensorboard.add_row(step, row, group="val")
+        if self.best is None or scores["AP"] > self.best[0]:
+            self.best = (scores["AP"], step)
+
+    def _save(self, name: str, stage: Stage) -> None:
+        state = CheckpointState(
+            step=self.base + stage.step,
+            stage=name,
+            stage_step=stage.step,
+            sample=stage.sample,
+            seconds=stage.seconds,
+            world_size=distributed.world_size(),
+            threads=torch.get_num_threads(),
+            config_hash=configs.digest(self.config),
+            ema_updates=0 if stage.ema is None else stage.ema.updates,
+            best_score=None if self.best is None else self.best[0],
+            best_step=None if self.best is None else self.best[1],
+        )
+        try:
+            self.folder.flush()
+            checkpoints.save_checkpoint(
+                self.folder.checkpoints,
+                state,
+                stage.module,
+                stage.optimizer,
+                stage.ema,
+                keep=stage.config.keep_checkpoints,
+            )
+        except (RunError, InputError) as error:
+            last = name == self.config.stages()[-1][0] and stage.step == stage.config.steps
+            if stage.stopped or last:
+                raise
+            logger.error("no checkpoint at step %d: %s", state.step, error)
+            self.best = self.saved_best  # what cannot be loaded is not the best
+        else:
+            self.saved_best = self.best
+
+
+def _start_from(detector: nn.Module, init: Path) -> None:
+    """Loads the weights of a run or a checkpoint folder into a new detector of the same form."""
+    folder = init / "checkpoints" if (init / "checkpoints").is_dir() else None
+    found = checkpoints.best_checkpoint(folder) if folder is not None else checkpoints.read_checkpoint(init)
+    if found is None:
+        raise RunError(
+            "there is no whole checkpoint to start from", where=init, remedy="Name a run or a checkpoint folder."
+        )
+    try:
+        detector.load_state_dict(found.weights())
+    except RuntimeError as error:
+        what = " ".join(str(error).split())[:200]
+        raise RunError(
+            f"its weights do not fit this detector: {what}", where=init, remedy="Use the same recipe and classes."
+        ) from error
+    logger.info("starting from the weights of %s", found.path)
