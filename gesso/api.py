@@ -1,0 +1,57 @@
+"""The public names, sorted. ``import gesso`` gives each of them on first use."""
+
+from pathlib import Path
+
+from gesso.data.importing import import_data
+from gesso.data.index import Index
+from gesso.errors import GessoError
+from gesso.evaluation.coco import score_coco
+from gesso.evaluation.detections import DetectionTable
+from gesso.label_space import LabelSpace
+from gesso.recipes.catalog import find_recipe
+from gesso.run.config import RunConfig
+from gesso.run.predictor import Predictions, TrainedDetector, load_run
+from gesso.run.session import RunResult
+from gesso.run.train import train as train_config
+
+__all__ = [
+    "DetectionTable",
+    "GessoError",
+    "Index",
+    "LabelSpace",
+    "Predictions",
+    "RunConfig",
+    "RunResult",
+    "TrainedDetector",
+    "import_data",
+    "load",
+    "recipe",
+    "score_coco",
+    "train",
+]
+
+
+def recipe(name: str) -> RunConfig:
+    """The configuration of a recipe, for example ``"demo:direct"``; change it with ``dataclasses.replace``.
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
+    return find_recipe(name)()
+
+
+def train(
+    config: RunConfig | str, out: str | Path, *, resume: bool = False, init: str | Path | None = None
+) -> RunResult:
+    """Trains a detector; ``config`` is a configuration or a recipe's name, ``out`` the run's folder.
+
+    As ``gesso train``: see ``gesso.run.train.train`` for the arguments and the errors.
+    """
+    name = config if isinstance(config, str) else ""
+    chosen = recipe(config) if isinstance(config, str) else config
+    return train_config(chosen, Path(out), recipe=name, resume=resume, init=None if init is None else Path(init))
+
+
+def load(run: str | Path, *, device: str = "auto") -> TrainedDetector:
+    """A run's detector, ready for ``.predict(pictures)``. RunError where there is no such run or checkpoint."""
+    return load_run(Path(run), device=device)

@@ -1,0 +1,224 @@
+"""``gesso data import | check | stats | split | export``. Imports no torch."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from gesso.commands.counting import counting
+from gesso.commands.parsing import Result, parse, table
+from gesso.data.check import CheckReport, check
+from gesso.data.export import export
+from gesso.data.importing import import_data
+from gesso.data.index import Index
+from gesso.data.select import split
+from gesso.data.statistics import statistics
+
+
+@dataclass(frozen=True)
+class ImportArguments:
+    """Reads a data set into an index: boxes are checked and repaired, and every case is written into its report."""
+
+    source: Positional[Path]
+    """A folder, or one annotation file."""
+    out: Path
+    """The index to make."""
+    format: Literal["auto", "coco", "voc", "yolo"] = "auto"
+    """The format; auto looks."""
+    split: str | None = None
+    """Which split to take, where the source holds several."""
+    images_root: Path | None = None
+    """Where the pictures are, if not where the source says."""
+    images: bool = True
+    """--no-images imports the annotations alone."""
+    classes_from: Path | None = None
+    """An index whose categories to use, in its order; the classes are joined by name."""
+    overwrite: bool = False
+    """Replace an index that stands at --out."""
+    json: bool = False
+    """Print JSON."""
+
+
+def import_(words: list[str]) -> Result:
+    """``gesso data import``."""
+    given = parse(ImportArguments, words, "data import")
+    with counting() as count:
+        summary = import_data(
+            given.source,
+            given.out,
+            format=given.format,
+            split=given.split,
+            images_root=given.images_root,
+            images=given.images,
+            label_space=Index.open(given.classes_from).label_space if given.classes_from else None,
+            overwrite=given.overwrite,
+            progress=count,
+        )
+    lines = [f"{given.out}: {summary.images} images, {summary.boxes} boxes, {summary.categories} categories"]
+    if summary.issues:
+        cases = sorted(summary.issues.items(), key=lambda item: -item[1])
+        lines += [table(("repaired or left out", "cases"), cases), f"Every case: {given.out / 'report.jsonl'}"]
+    return Result("\n".join(lines), dataclasses.asdict(summary) if given.json else None)
+
+
+@dataclass(frozen=True)
+class CheckArguments:
+    """Finds what an import would repair or leave out, and pictures that stand in two splits. Exit code 1 if any."""
+
+    source: Positional[Path]
+    """A data set or an index."""
+    against: Path | None = None
+    """Another split: pictures in both are found by their content."""
+    format: Literal["auto", "coco", "voc", "yolo"] = "auto"
+    """The format; auto looks."""
+    split: str | None = None
+    """Which split to take, where the source holds several."""
+    images_root: Path | None = None
+    """Where the pictures are, if not where the source says."""
+    images: bool = True
+    """--no-images looks at the annotations alone."""
+    near_duplicates: bool = False
+    """Also look for nearly equal pictures in both splits."""
+    json: bool = False
+    """Print JSON."""
+
+
+def check_(words: list[str]) -> Result:
+    """``gesso data check``."""
+    given = parse(CheckArguments, words, "data check")
+    report = check(
+        given.source,
+        against=given.against,
+        format=given.format,
+        split=given.split,
+        images_root=given.images_root,
+        images=given.images,
+        near_duplicates=given.near_duplicates,
+    )
+    data = dataclasses.asdict(report) | {"problems": report.problems} if given.json else None
+    return Result(_check_text(report), data, 1 if report.problems else 0)
+
+
+def _check_text(report: CheckReport) -> str:
+    parts = [f"{report.source}: {report.images} images, {report.boxes} boxes, {report.categories} categories"]
+    for title, wanted in (("problem", True), ("note", False)):
+        rows = [
+            (
+                finding.what,
+                finding.count,
+                "; ".join(
+                    " ".join(str(part) for part in case if part not in (None, "")) for case in finding.examples[:2]
+                ),
+            )
+            for finding in report.findings
+            if finding.problem == wanted
+        ]
+        if rows:
+            parts.append(table((title, "cases", "for example"), rows))
+    parts.append(f"{report.problems} problems" if report.problems else "no problem found")
+    return "\n\n".join(parts)
+
+
+@dataclass(frozen=True)
+class StatsArguments:
+    """Counts the images, boxes and classes of an index."""
+
+    index: Positional[Path]
+    """The index."""
+    json: bool = False
+    """Print JSON."""
+
+
+def stats(words: list[str]) -> Result:
+    """``gesso data stats``."""
+    given = parse(StatsArguments, words, "data stats")
+    found = dataclasses.asdict(statistics(Index.open(given.index)))
+    counts = [
+        (key.replace("_", " "), " / ".join(map(str, value)) if isinstance(value, tuple) else value)
+        for key, value in found.items()
+        if key not in ("classes", "unused")
+    ]
+    classes = [tuple(row.values()) for row in found["classes"]]
+    text = f"{table(('count', 'value'), counts)}\n\n{table(('class', 'images', 'boxes', 'share'), classes)}"
+    return Result(text, found if given.json else None)
+
+
+@dataclass(frozen=True)
+class SplitArguments:
+    """Divides an index by a hash of the image ids; duplicates and near-duplicates stay together, classes balanced."""
+
+    index: Positional[Path]
+    """The index to divide."""
+    out: Path
+    """The parts become OUT/train, OUT/val and OUT/test."""
+    train: float | None = None
+    """A share below 1, or a number of images; without it, what the other parts leave."""
+    val: float | None = None
+    """A share or a number of images; 0.2 where no part is given."""
+    test: float | None = None
+    """A share or a number of images."""
+    seed: int = 0
+    """Another seed, another split."""
+    near_duplicates: bool = True
+    """--no-near-duplicates looks for equal files only, and decodes no picture."""
+    balance: bool = True
+    """--no-balance takes the hash of the image id alone: an image stays in its part when others are added."""
+    keep: Path | None = None
+    """An earlier split of the same images: what stands in one of its parts stays there."""
+    json: bool = False
+    """Print JSON."""
+
+
+def split_(words: list[str]) -> Result:
+    """``gesso data split``."""
+    given = parse(SplitArguments, words, "data split")
+    index = Index.open(given.index)
+    values = {name: getattr(given, name) for name in ("train", "val", "test")}
+    wanted: dict[str, float | int] = {
+        name: int(value) if value > 1 else value for name, value in values.items() if value is not None
+    }
+    made = split(
+        index,
+        given.out,
+        wanted or {"val": 0.2},
+        seed=given.seed,
+        near_duplicates=given.near_duplicates,
+        balance=given.balance,
+        keep=given.keep,
+    )
+    rows = [(str(part.path), part.images, part.boxes) for part in made.parts]
+    data = None
+    if given.json:
+        parts = [{"name": p.name, "path": str(p.path), "images": p.images, "boxes": p.boxes} for p in made.parts]
+        data = dataclasses.asdict(made) | {"parts": parts}
+    return Result("\n".join([table(("part", "images", "boxes"), rows), *made.notes]), data)
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """Writes an index as COCO JSON, VOC XML or YOLO; what the format cannot hold is said."""
+
+    index: Positional[Path]
+    """The index."""
+    out: Path
+    """A new folder (or, for COCO, a .json file)."""
+    format: Literal["coco", "voc", "yolo"] = "coco"
+    """The format."""
+    pictures: Literal["none", "link", "copy"] = "none"
+    """Bring the pictures too."""
+    overwrite: bool = False
+    """Replace an earlier export."""
+    json: bool = False
+    """Print JSON."""
+
+
+def export_(words: list[str]) -> Result:
+    """``gesso data export``."""
+    given = parse(ExportArguments, words, "data export")
+    losses = export(
+        Index.open(given.index), given.out, given.format, pictures=given.pictures, overwrite=given.overwrite
+    )
+    text = "\n".join([f"wrote {given.out}", *(f"not kept: {loss}" for loss in losses)])
+    return Result(text, {"out": str(given.out), "not_kept": losses} if given.json else None)

@@ -1,0 +1,62 @@
+"""Draws a run's progress on standard error."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from gesso.commands.interruption import StopRequest
+from gesso.reports.progress import JobProgress, Stage, describe
+from gesso.run.session import Observer
+
+PREPARING = "making the embedded data"
+
+
+class ProgressObserver(Observer):
+    """An observer of one run, or of one run of several, that moves a ``JobProgress``.
+
+    Args:
+        job: the line that is drawn.
+        steps: of each stage of the run.
+        stop: whether a stop was asked for.
+        prefix: stands before the names of this run's stages in the job.
+    """
+
+    def __init__(self, job: JobProgress, steps: Mapping[str, int], stop: StopRequest, *, prefix: str = "") -> None:
+        self._job, self._steps, self._prefix = job, steps, prefix
+        self._at, self._detail = "", ""
+        self._done, self._total = 0, 0
+        self.should_stop = stop
+
+    def _begin(self, name: str) -> None:
+        if name != self._at:
+            self._at = name
+            self._job.begin(name)
+
+    def prepare(self, what: str, done: int, total: int) -> None:
+        """Scenes of the embedded data set."""
+        self._begin(PREPARING)
+        self._job.update(done=done, total=total, detail=what)
+
+    def step(self, stage: str, step: int) -> None:
+        """A step of a stage."""
+        self._begin(self._prefix + stage)
+        self._done, self._total = step, self._steps[stage]
+        self._job.update(done=step, total=self._total, detail=self._detail)
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """The numbers that stand behind the line from now on."""
+        self._detail = f"AP {row['AP']:.3f}" if "AP" in row else describe(row)
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Pictures of an evaluation, shown within the stage at hand."""
+        if self._at:
+            self._job.update(done=self._done, total=self._total, detail=f"evaluating {done:,}/{total:,}")
+
+
+def run_stages(config_stages: list[tuple[str, int]], *, embedded: bool, prefix: str = "") -> list[Stage]:
+    """The stages of a job of one run; steps stand for seconds until time has been measured."""
+    first = [Stage(name=PREPARING, expected_seconds=1.0)] if embedded else []
+    longest = max(steps for _, steps in config_stages)
+    return [
+        *first,
+        *(Stage(name=prefix + name, expected_seconds=10 * steps / longest) for name, steps in config_stages),
+    ]

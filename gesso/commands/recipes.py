@@ -1,0 +1,89 @@
+"""``gesso recipes`` and ``gesso config RECIPE``."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional
+
+from gesso.commands.parsing import Result, parse, table
+from gesso.config import digest, flatten, from_dict, to_dict
+from gesso.errors import GessoError
+from gesso.models.build import build_detector
+from gesso.recipes.catalog import Recipe, all_recipes, find_recipe
+from gesso.run.config import RunConfig
+
+
+@dataclass(frozen=True)
+class RecipesArguments:
+    """Lists the recipes that come with Gesso."""
+
+    check: bool = False
+    """Build each one's configuration and detector; exit code 1 if one fails."""
+    json: bool = False
+    """Print JSON."""
+
+
+def recipes(words: list[str]) -> Result:
+    """``gesso recipes``."""
+    given = parse(RecipesArguments, words, "recipes")
+    rows = []
+    for name, recipe in all_recipes().items():
+        line = (inspect.getdoc(recipe) or "").splitlines()[0]
+        rows.append((name, *([_check(recipe)] if given.check else []), line))
+    columns = ("recipe", *(["check"] if given.check else []), "what it does")
+    failed = given.check and any(row[1] != "ok" for row in rows)
+    data = [
+        dict(zip(("recipe", "check", "text") if given.check else ("recipe", "text"), row, strict=True)) for row in rows
+    ]
+    return Result(table(columns, rows), data if given.json else None, 1 if failed else 0)
+
+
+def _check(recipe: Recipe) -> str:
+    try:
+        config = recipe()
+        same = digest(from_dict(RunConfig, to_dict(config))) == digest(config)
+        build_detector(config.model, num_classes=2)
+    except GessoError as error:
+        return str(error)
+    return "ok" if same else "does not survive being stored"
+
+
+@dataclass(frozen=True)
+class ConfigArguments:
+    """Prints every setting of a recipe, with the changes that are given as options."""
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    json: bool = False
+    """Print JSON."""
+
+
+def config(words: list[str]) -> Result:
+    """``gesso config RECIPE``."""
+    name, rest = recipe_name(words, "config")
+    start = ConfigArguments(config=find_recipe(name)())
+    given = parse(ConfigArguments, rest, f"config {name}", default=start, known=option_names(start.config))
+    text = table(("setting", "value"), [(key, str(value)) for key, value in flatten(given.config).items()])
+    return Result(text, to_dict(given.config) if given.json else None)
+
+
+def recipe_name(words: list[str], command: str) -> tuple[str, list[str]]:
+    """The recipe's name, which stands first, and the other words."""
+    if words and not words[0].startswith("-"):
+        return words[0], words[1:]
+    position = parse(_RecipeName, [word for word in words if word in ("-h", "--help")], command)
+    return position.recipe, words
+
+
+@dataclass(frozen=True)
+class _RecipeName:
+    """Takes the name of a recipe, then options; gesso recipes lists them, COMMAND RECIPE --help the options."""
+
+    recipe: Positional[str]
+    """For example demo:direct."""
+
+
+def option_names(config: RunConfig) -> list[str]:
+    """The options of a configuration as they are written on the command line."""
+    return [key.replace("_", "-") for key in flatten(config) if not key.endswith("type")]
