@@ -144,11 +144,14 @@ def forked_mb(path: Path, reads: int) -> list[float]:
 
 
 SPAWNED = """
+import importlib
+import random
 import sys
 from pathlib import Path
-import random
 from gesso.data.index import Index
 index = Index.open(sys.argv[1])
+for module in sys.argv[3:]:
+    importlib.import_module(module)
 for _ in range(int(sys.argv[2])):
     index.objects(random.randrange(len(index)))
 lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
@@ -157,9 +160,9 @@ sys.stdin.read(1)
 """
 
 
-def spawned_mb(path: Path, reads: int) -> list[float]:
-    """USS of each of four fresh processes that import ``gesso.data.index`` alone, all alive at once."""
-    command = [sys.executable, "-c", SPAWNED, str(path), str(reads)]
+def spawned_mb(path: Path, reads: int, *modules: str) -> list[float]:
+    """USS of each of four fresh processes that import ``gesso.data.index`` and ``modules``, all alive at once."""
+    command = [sys.executable, "-c", SPAWNED, str(path), str(reads), *modules]
     workers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     found = [float(worker.stdout.readline()) for worker in workers if worker.stdout is not None]
     for worker in workers:
@@ -183,6 +186,8 @@ def run(folder: Path, *, images: int, boxes: int, peer_images: int, reads: int, 
     emit("read", us=ours_us, reads=reads)
     emit("forked_workers", private_mb=max(forked_mb(out, reads)), workers=4)
     emit("spawned_workers", private_mb=max(spawned_mb(out, reads)), workers=4)
+    # What a spawned worker of the loader imports when it unpickles its builder: torch, OpenCV, Pillow.
+    emit("spawned_loader_workers", private_mb=max(spawned_mb(out, reads, "gesso.data.samples")), workers=4)
     file.unlink()
     if not peer_images:
         return
