@@ -14,17 +14,25 @@ from typing import TypeAlias
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
-from gesso.data.pictures import MAX_PIXELS
+from gesso.data.pictures import MAX_PIXELS, exif_orientation, jpeg_layout
 from gesso.data.transforms import Placement
 from gesso.errors import DataError
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
 _GREY = np.array([0.299, 0.587, 0.114])
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_TAIL = 4096
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _UNFINISHED = (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, TypeError, KeyError)
 
 
@@ -42,29 +50,14 @@ def read_picture(path: Path) -> Pixels:
         raise DataError(f"the picture cannot be read: {error.strerror or error}", where=path) from error
     if not data:
         raise DataError("the picture is empty (0 bytes)", where=path, remedy="Get the file again.")
-    header = _jpeg_header(data)
-    if header is not None:
-        height, width, channels = header
-        _refuse_huge(width, height, path)
-        if channels in (1, 3) and data.rfind(b"\xff\xd9", -_TAIL) >= 0:
+    layout = jpeg_layout(data)
+    if layout is not None:
+        _refuse_huge(layout.width, layout.height, path)
+        if layout.bits == 8 and layout.channels in (1, 3) and layout.ends(data):
             picture = _decode_jpeg(data)
             if picture is not None:
                 return picture
     return _read_with_pillow(data, path)
-
-
-def _jpeg_header(data: bytes) -> tuple[int, int, int] | None:
-    """Height, width and channels of an 8-bit JPEG from its frame header; None where it is no plain JPEG."""
-    at = 2
-    if data[:2] != b"\xff\xd8":
-        return None
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker in _FRAMES:
-            bits, height, width, channels = struct.unpack_from(">BHHB", data, at + 4)
-            return (height, width, channels) if bits == 8 and height and width else None
-        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return None
 
 
 def _decode_jpeg(data: bytes) -> Pixels | None:
@@ -81,7 +74,8 @@ def _read_with_pillow(data: bytes, path: Path) -> Pixels:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:
                 _refuse_huge(*image.size, path)
-                return _to_rgb(ImageOps.exif_transpose(image))
+                turn = None if isinstance(image, TiffImageFile) else _TURNS.get(exif_orientation(image))
+                return _to_rgb(image if turn is None else image.transpose(turn))  # Pillow turns a TIFF by itself
     except Image.DecompressionBombError as error:
         what = f"the picture is too large (more than {MAX_PIXELS / 1e6:.0f} megapixels)"
         raise DataError(what, where=path, remedy="Make it smaller.") from error

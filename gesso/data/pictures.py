@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
-_ORIENTATION = 0x0112
+_ORIENTATION, _TIFF_WIDTH, _TIFF_HEIGHT = 0x0112, 0x0100, 0x0101
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SCAN = 0xDA
 _AT_ONCE = 256
 MAX_PIXELS = 178_956_970
 """Larger pictures are not read: half a gigabyte of RGB. Pillow's own hard limit."""
@@ -80,18 +83,39 @@ def _parse(file: BinaryIO, number: int) -> Header:
     if not head:
         return Header(0, 0, 1, 0, "picture is empty", "0 bytes")
     file.seek(0)
+    limit = f"more than {MAX_PIXELS / 1e6:.0f} million pixels"
     try:
         picture = _open(file, head)
-        orientation = picture.getexif().get(_ORIENTATION, 1)
+        width, height = _stored_size(picture)
+        if width * height > MAX_PIXELS:
+            return Header(0, 0, 1, 0, "picture is too large", f"{width} x {height}, {limit}")
+        return Header(width, height, exif_orientation(picture), number)
+    except Image.DecompressionBombError:  # some plug-ins look at the size themselves
+        return Header(0, 0, 1, 0, "picture is too large", limit)
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error) as error:
         text = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error)
         return Header(0, 0, 1, 0, "picture cannot be read", text)
-    width, height = picture.size
-    orientation = orientation if orientation in range(1, 9) else 1
-    if width * height > MAX_PIXELS:
-        text = f"{width} x {height} pixels, more than {MAX_PIXELS / 1e6:.0f} million"
-        return Header(0, 0, 1, 0, "picture is too large", text)
-    return Header(width, height, orientation, number)
+
+
+def exif_orientation(picture: Image.Image) -> int:
+    """The orientation, 1 to 8, that stands in the EXIF before the pixels; 1 where there is none. Decodes nothing.
+
+    XMP is not looked at: OpenCV and browsers do not either, and everything here has to agree.
+    """
+    if isinstance(picture, TiffImageFile):
+        value = picture.tag_v2.get(_ORIENTATION, 1)
+    else:
+        exif = Image.Exif()
+        exif.load(picture.info.get("exif", b""))
+        value = exif.get(_ORIENTATION, 1)
+    return value if value in range(1, 9) else 1
+
+
+def _stored_size(picture: Image.Image) -> tuple[int, int]:
+    """Width and height as stored; of a TIFF, Pillow gives those of the upright picture."""
+    if isinstance(picture, TiffImageFile):
+        return int(picture.tag_v2[_TIFF_WIDTH]), int(picture.tag_v2[_TIFF_HEIGHT])
+    return picture.size
 
 
 def _open(file: BinaryIO, head: bytes) -> Image.Image:
@@ -114,10 +138,41 @@ def _formats() -> list[str]:
     return Image.ID
 
 
+class JpegLayout(NamedTuple):
+    """What the markers of a JPEG file say: bits a channel, height, width, channels, and where the first scan begins."""
+
+    bits: int
+    height: int
+    width: int
+    channels: int
+    scan: int
+
+    def ends(self, data: bytes) -> bool:
+        """Whether the scans have an end; what follows it (the film of a phone, for example) does not count."""
+        return data.find(b"\xff\xd9", self.scan) >= 0
+
+
+def jpeg_layout(data: bytes) -> JpegLayout | None:
+    """Walks the markers of a JPEG to its first scan, past thumbnails; None where it does not get there."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    at, frame = 2, (0, 0, 0, 0)
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == _SCAN:
+            return JpegLayout(*frame, at) if frame[1] and frame[2] else None
+        if marker in _FRAMES and at + 10 <= len(data):
+            bits, height, width, channels = struct.unpack_from(">BHHB", data, at + 4)
+            frame = bits, height, width, channels
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
+
+
 def _cut_off(data: bytes) -> bool:
-    """Whether a JPEG or PNG lacks its end. A thumbnail's end in the JPEG's head stands before the last scan."""
+    """Whether a JPEG or PNG lacks its end."""
     if data.startswith(b"\xff\xd8"):
-        return data.rfind(b"\xff\xd9") <= data.rfind(b"\xff\xda")
+        layout = jpeg_layout(data)
+        return layout is None or not layout.ends(data)
     if data.startswith(b"\x89PNG"):
         return data.rfind(b"IEND") < 0
     return False
