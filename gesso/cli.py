@@ -7,6 +7,7 @@ it is called, so that ``gesso --help`` needs no torch.
 
 import errno
 import importlib
+import io
 import json
 import os
 import sys
@@ -77,6 +78,8 @@ def _show(words: list[str]) -> int:
     exit_code = 0
     try:
         result = _run(words)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
         print(result.text if result.data is None else json.dumps(result.data))
         exit_code = result.exit_code
     except SystemExit:  # the parser has printed its help

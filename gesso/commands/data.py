@@ -12,7 +12,7 @@ from gesso.commands.parsing import Result, parse, table
 from gesso.data.check import CheckReport, check
 from gesso.data.export import export
 from gesso.data.importing import import_data
-from gesso.data.index import Index
+from gesso.data.index import REPORT, Index
 from gesso.data.select import split
 from gesso.data.statistics import statistics
 
@@ -59,7 +59,8 @@ def import_(words: list[str]) -> Result:
     lines = [f"{given.out}: {summary.images} images, {summary.boxes} boxes, {summary.categories} categories"]
     if summary.issues:
         cases = sorted(summary.issues.items(), key=lambda item: -item[1])
-        lines += [table(("repaired or left out", "cases"), cases), f"Every case: {given.out / 'report.jsonl'}"]
+        reports = [str(Path(part.path) / REPORT) for part in summary.splits or (summary,) if part.issues]
+        lines += [table(("repaired or left out", "cases"), cases), f"Every case: {', '.join(reports)}"]
     return Result("\n".join(lines), dataclasses.asdict(summary) if given.json else None)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gesso.data.duplicates import DISTANCE, fingerprints, group_near
-from gesso.data.importing import Progress, import_data
+from gesso.data.importing import TURNED, Progress, import_data
 from gesso.data.index import Index
 from gesso.data.pictures import read_headers
 from gesso.data.records import Array
@@ -23,7 +23,7 @@ LEAK = "picture in both splits"
 NEAR_LEAK = "nearly the same picture in both splits"
 _HEAD = "index.json"
 
-_LEGAL = frozenset(("picture has an EXIF orientation",))
+_LEGAL = frozenset((TURNED,))
 
 
 class Example(NamedTuple):

@@ -12,7 +12,7 @@ from gesso.data.writers.voc import PICTURES as VOC_PICTURES
 from gesso.data.writers.voc import write_voc
 from gesso.data.writers.yolo import PICTURES as YOLO_PICTURES
 from gesso.data.writers.yolo import write_yolo
-from gesso.errors import ConfigError, InputError, nearest
+from gesso.errors import ConfigError, DataError, InputError, nearest
 from gesso.files import atomic_file, atomic_folder
 
 ExportFormat = Literal["coco", "voc", "yolo"]
@@ -53,7 +53,14 @@ def export(
     """
     _one_of("format", format, get_args(ExportFormat))
     _one_of("pictures", pictures, get_args(Pictures))
-    target = Path(out)
+    try:
+        return _export(index, Path(out), format, pictures, overwrite)
+    except UnicodeEncodeError as error:
+        what = f"the name {error.object!r} is no UTF-8, so no file of annotations can hold it"
+        raise DataError(what, where=index.path, remedy="Rename the picture and import the data again.") from error
+
+
+def _export(index: Index, target: Path, format: ExportFormat, pictures: Pictures, overwrite: bool) -> list[str]:
     if target.suffix.lower() == ".json":
         if format != "coco" or pictures != "none":
             what = "a single file holds the annotations of COCO alone"

@@ -1,6 +1,8 @@
 """Import: a reader, the pictures' heads, the repair rules and the index writer, joined."""
 
+import contextlib
 import dataclasses
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +24,15 @@ from gesso.data.records import Array, ImageBlock, Issue, IssueBlock, Masks, Obje
 from gesso.data.repair import repair
 from gesso.errors import DataError, nearest
 from gesso.label_space import LabelSpace, normalise
+from gesso.log import get_logger
+
+log = get_logger(__name__)
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with the stage ("annotations" in bytes or files, "pictures"), what is done, and the total (0 = unknown)."""
+
+TURNED = "picture has an EXIF orientation"
+TURNED_UNTOLD = "picture has an EXIF orientation, and no size tells whether boxes were drawn upright"
 
 _SAMPLE = 200
 
@@ -115,11 +123,9 @@ def import_data(
         check_target(target.absolute(), overwrite=overwrite)
     readings = [_read(one, progress) for one in found]
     space = label_space or _common_space([reading.label_space for reading in readings])
-    summaries = []
-    for one, target in zip(found, targets, strict=True):
-        reading = readings.pop(0)
-        examined = examine(
-            reading,
+    examined = [
+        examine(
+            readings.pop(0),
             space,
             format=one.format,
             images_root=images_root,
@@ -127,8 +133,9 @@ def import_data(
             hash_images=hash_images,
             progress=progress,
         )
-        del reading
-        summaries.append(_write(examined, target, overwrite=overwrite))
+        for one in found
+    ]
+    summaries = _write_all(examined, targets, overwrite=overwrite)
     if len(summaries) == 1:
         return summaries[0]
     issues: Counter[str] = Counter()
@@ -204,10 +211,19 @@ def _common_space(spaces: Sequence[LabelSpace]) -> LabelSpace:
     if all({normalise(name) for name in space.names} == names.keys() for space in spaces):
         return first
     ordered = dict.fromkeys(normalise(name) for space in spaces for name in space.names)
-    above = {
-        normalise(n): s for space in reversed(spaces) for n, s in zip(space.names, space.supercategories, strict=True)
-    }
-    return LabelSpace(names=tuple(names[key] for key in ordered), supercategories=tuple(above[key] for key in ordered))
+    rows = [
+        row for space in reversed(spaces) for row in zip(space.names, space.supercategories, space.ids, strict=True)
+    ]
+    above = {normalise(name): supercategory for name, supercategory, _ in rows}
+    ids = {normalise(name): number for name, _, number in rows}
+    if len(set(ids.values())) < len(ids):
+        log.warning("the splits give different categories one id, so the ids are counted anew")
+        ids = {key: number for number, key in enumerate(ordered, start=1)}
+    return LabelSpace(
+        names=tuple(names[key] for key in ordered),
+        supercategories=tuple(above[key] for key in ordered),
+        ids=tuple(ids[key] for key in ordered),
+    )
 
 
 def _map_labels(reading: Reading, space: LabelSpace) -> Array:
@@ -309,7 +325,8 @@ def _compare(
     """The issues of one picture, and the orientation by which its boxes must be turned (0 = as they are).
 
     The loader shows every picture upright (EXIF transposed). Boxes drawn on the stored pixels, which the annotated
-    size tells where the two sizes differ, are turned along; all others are taken as drawn on the upright picture.
+    size tells where the two sizes differ, are turned along; all others are taken as drawn on the upright picture. Where
+    nothing tells (no annotated size; mirrored, half turned or square pictures), that is an issue of its own.
     """
     if header.problem:
         return [Issue(names[row], None, header.problem, "kept aside", f"{header.detail}; {boxes} boxes")], 0
@@ -319,7 +336,9 @@ def _compare(
     if header.orientation > 1:
         turn = header.orientation if annotated == stored != upright else 0
         action = "picture and boxes turned" if turn else "picture turned, boxes taken as they are"
-        found.append(Issue(names[row], None, "picture has an EXIF orientation", action, str(header.orientation)))
+        told = stored != upright and annotated in (stored, upright)
+        what = TURNED if told or not boxes else TURNED_UNTOLD
+        found.append(Issue(names[row], None, what, action, f"orientation {header.orientation}"))
     if all(annotated) and annotated not in (stored, upright):
         detail = f"{annotated[0]} x {annotated[1]} in the annotations, {upright[0]} x {upright[1]} in the file"
         found.append(Issue(names[row], None, "picture has another size", "size of the file taken", detail))
@@ -339,6 +358,19 @@ def _scale(objects: ObjectBlock, images: ImageBlock, rings: Sequence[Array | Non
         )
         masks = Masks.of(list(scaled))
     return dataclasses.replace(objects, xyxy=xyxy, masks=masks)
+
+
+def _write_all(examined: list[Examined], targets: Sequence[Path], *, overwrite: bool) -> list[ImportSummary]:
+    """Writes every split, or none that was not there before; ``examined`` is emptied on the way, to free memory."""
+    summaries = []
+    with contextlib.ExitStack() as undo:
+        for target in targets:
+            existed = target.exists()
+            summaries.append(_write(examined.pop(0), target, overwrite=overwrite))
+            if not existed:
+                undo.callback(shutil.rmtree, target, ignore_errors=True)
+        undo.pop_all()
+    return summaries
 
 
 def _write(examined: Examined, out: Path, *, overwrite: bool) -> ImportSummary:

@@ -286,7 +286,7 @@ class Index:
         """The import report, one line at a time."""
         with (self.path / REPORT).open("rb") as file:
             for line in file:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8", "surrogateescape"))  # file names need not be text
                 yield Issue(row["image"], row["annotation_id"], row["what"], row["action"], row.get("detail", ""))
 
     def verify(self) -> None:

@@ -66,10 +66,14 @@ def turn_objects(objects: ObjectBlock, sizes: Array, orientations: Array) -> Obj
         xyxy[some] = np.stack([left, top, right, bottom], 1)
     masks = objects.masks
     if masks is not None:
-        turned = [masks[k] for k in range(len(masks))]
-        for k in at.tolist():
-            row = objects.rows[k]
-            size = (int(sizes[row, 0]), int(sizes[row, 1]))
-            turned[k] = turn_mask(turned[k], size, int(orientations[row]))
-        masks = Masks.of(turned)
+        place = objects.rows[at]
+        turned = Masks.of(
+            [
+                turn_mask(masks[k], (int(sizes[row, 0]), int(sizes[row, 1])), int(orientations[row]))
+                for k, row in zip(at.tolist(), place.tolist(), strict=True)
+            ]
+        )
+        order = np.arange(len(masks))
+        order[at] = len(masks) + np.arange(len(at))
+        masks = Masks.concatenate([masks, turned]).take(order)
     return dataclasses.replace(objects, xyxy=xyxy, masks=masks)

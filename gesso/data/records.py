@@ -197,6 +197,20 @@ class Masks:
         part_offsets, data = take_ragged(self.part_offsets, self.data, picked)
         return Masks(kinds=np.asarray(self.kinds)[rows], offsets=offsets, part_offsets=part_offsets, data=data)
 
+    def rle_sizes(self) -> tuple[Array, Array]:
+        """The objects that have an RLE (K,) int64, and its height and width (K, 2) int32."""
+        at = np.flatnonzero(np.asarray(self.kinds) == RLE)
+        heads = np.asarray(self.part_offsets)[np.asarray(self.offsets)[at]]
+        sizes = np.asarray(self.data)[heads[:, None] + np.arange(8)].view(np.int32)
+        return at, sizes.reshape(-1, 2)
+
+    def without(self, at: Array) -> "Masks":
+        """The same objects; those at ``at`` (int64) have no mask."""
+        none = Masks.none(1)
+        order = np.arange(len(self))
+        order[at] = len(self)
+        return Masks.concatenate([self, none]).take(order)
+
     def __len__(self) -> int:
         return len(self.kinds)
 

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from gesso.data import rle
-from gesso.data.importing import import_data
+from gesso.data.check import check
+from gesso.data.importing import TURNED, TURNED_UNTOLD, import_data
 from gesso.data.index import Index
 from gesso.data.records import Rle
 from gesso.errors import DataError
@@ -81,7 +83,11 @@ def slow_reference(annotations):
             x, y, w, h = a["bbox"]
             box = [float(np.float32(v)) for v in (x, y, x + w, y + h)]
         width, height = SIZES.get(a["image_id"], (None, None))
-        key = (a["image_id"], a["category_id"], *box)
+        clipped = box
+        if width is not None:
+            clipped = [min(max(v, 0), limit) for v, limit in zip(box, (width, height) * 2, strict=True)]
+        flags = bool(a.get("iscrowd")) + 2 * bool(a.get("ignore")) + 4 * bool(a.get("difficult"))
+        key = (a["image_id"], a["category_id"], flags, *clipped, str(a.get("segmentation") or ""))
         if a["image_id"] not in SIZES:
             issues.append((a["id"], "annotation for an unknown image"))
         elif not all(math.isfinite(v) for v in box):
@@ -90,19 +96,14 @@ def slow_reference(annotations):
             issues.append((a["id"], "box is inverted"))
         elif box[2] == box[0] or box[3] == box[1]:
             issues.append((a["id"], "box is empty"))
+        elif clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
+            issues.append((a["id"], "box outside the picture"))
         elif key in seen:
             issues.append((a["id"], "duplicate box"))
         else:
             seen.add(key)
-            clipped = box
-            if width is not None:
-                clipped = [min(max(v, 0), limit) for v, limit in zip(box, (width, height) * 2, strict=True)]
-            if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
-                issues.append((a["id"], "box outside the picture"))
-                continue
             if clipped != box:
                 issues.append((a["id"], "box beyond the border"))
-            flags = bool(a.get("iscrowd")) + 2 * bool(a.get("ignore")) + 4 * bool(a.get("difficult"))
             known = sum(b for k, b in (("iscrowd", 1), ("ignore", 2), ("difficult", 4)) if a.get(k) is not None)
             kept[a["image_id"]].append((clipped, a["category_id"], flags, known, a["id"], bool(a.get("segmentation"))))
     return kept, sorted(issues)
@@ -177,8 +178,11 @@ def test_exif_turns_boxes_and_masks_with_the_picture(tmp_path, orientation, fram
     runs, polygons = index.masks(0)
     assert isinstance(runs, Rle) and np.array_equal(rle.decode(runs), expected)
     assert [*polygons.rings[0].min(0), *polygons.rings[0].max(0)] == wanted
-    assert len(index.issues()) == (orientation > 1)
     assert index.orientations[0] == orientation
+    told = swapped and frame != "none"
+    wanted_issues = [] if orientation == 1 else [TURNED if told else TURNED_UNTOLD]
+    assert [issue.what for issue in index.issues()] == wanted_issues
+    assert check(source).problems == wanted_issues.count(TURNED_UNTOLD)
 
 
 def test_bad_pictures_are_kept_aside_and_odd_ones_are_not(tmp_path):
@@ -231,6 +235,54 @@ def test_images_root(tmp_path):
         import_data(source, tmp_path / "j", images_root=tmp_path / "farther")
 
 
+# --- masks ------------------------------------------------------------------------------------------------------
+
+
+def test_what_differs_in_flags_or_mask_is_no_duplicate(tmp_path):
+    box, ring, other = [2, 3, 10, 8], [2, 3, 12, 3, 12, 11], [2, 3, 12, 11, 2, 11]
+    rows = [
+        annotation(1, 1, box),
+        annotation(2, 1, box, iscrowd=1),
+        annotation(3, 1, box, segmentation=[ring]),
+        annotation(4, 1, box, segmentation=[other]),
+        annotation(5, 1, box, segmentation=[ring]),
+        annotation(6, 1, box),
+        annotation(7, 1, [30, 3, 20, 8]),
+        annotation(8, 1, [30, 3, 10, 8]),
+    ]
+    image = [{"id": 1, "file_name": "a.jpg", "width": 40, "height": 30}]
+    index, summary = bring(save(tmp_path / "x.json", document(image, rows)), tmp_path / "i", images=False)
+    assert index.annotation_ids.tolist() == [1, 2, 3, 4, 7]
+    assert summary.issues == {"duplicate box": 3, "box beyond the border": 1}
+
+
+def test_an_area_that_is_not_given_is_that_of_the_mask(tmp_path):
+    solid = np.zeros((30, 40), np.uint8)
+    solid[4:10, 7:25] = 1
+    runs = rle.encode(solid)
+    rows = [
+        annotation(1, 1, [0, 0, 20, 10], segmentation=[[0, 0, 20, 0, 20, 10]]),
+        annotation(2, 1, [0, 0, 20, 10], segmentation=[[0, 0, 4, 0, 4, 5, 0, 5], [10, 0, 20, 0, 20, 10]]),
+        annotation(3, 1, [7, 4, 18, 6], segmentation={"size": [30, 40], "counts": runs.counts.decode()}),
+        annotation(4, 1, [1, 0, 20, 10], segmentation=[[0, 0, 20, 0, 20, 10]], area=77),
+        annotation(5, 1, [2, 0, 20, 10]),
+    ]
+    image = [{"id": 1, "file_name": "a.jpg", "width": 40, "height": 30}]
+    index, _ = bring(save(tmp_path / "x.json", document(image, rows)), tmp_path / "i", images=False)
+    assert index.areas.tolist() == [100, 70, 108, 77, 200]
+
+
+def test_a_mask_of_another_size_than_its_picture_is_dropped_and_the_box_stays(tmp_path):
+    picture(tmp_path / "a.jpg", size=(40, 30))
+    frames = [{"size": [30, 40], "counts": [5, 9, 1186]}, {"size": [60, 80], "counts": [5, 9, 4786]}]
+    rows = [annotation(k, 1, [k, 0, 9, 9], segmentation=frame) for k, frame in enumerate(frames, start=1)]
+    source = save(tmp_path / "x.json", document([{"id": 1, "file_name": "a.jpg"}], rows))
+    index, summary = bring(source, tmp_path / "i")
+    assert summary.issues == {"mask is not of the picture's size": 1} and index.num_boxes == 2
+    kept, dropped = index.masks(0)
+    assert isinstance(kept, Rle) and kept.size == (30, 40) and dropped is None
+
+
 # --- label spaces and splits --------------------------------------------------------------------------------------
 
 
@@ -250,6 +302,51 @@ def test_splits_with_categories_in_another_order_are_joined_by_name(tmp_path):
     assert alone.labels.tolist() == [1] and alone.sources[0].split == "val"
     with pytest.raises(DataError, match=r"no split 'vall'.*'val'"):
         import_data(tmp_path / "d", tmp_path / "w", split="vall", images=False)
+
+
+def two_splits(folder, train, val):
+    image = [{"id": 1, "file_name": "a.jpg", "width": 40, "height": 30}]
+    for name, categories in (("train", train), ("val", val)):
+        categories = [{"id": number, "name": text} for number, text in categories]
+        save(folder / "annotations" / f"instances_{name}.json", document(image, [], categories))
+    return folder
+
+
+def test_splits_with_different_categories_keep_the_ids_of_the_files(tmp_path, caplog):
+    import_data(
+        two_splits(tmp_path / "d", [(7, "cat"), (90, "dog")], [(7, "cat"), (4, "cow")]), tmp_path / "i", images=False
+    )
+    space = Index.open(tmp_path / "i" / "val").label_space
+    assert (space.names, space.ids) == (("cat", "dog", "cow"), (7, 90, 4))
+    import_data(two_splits(tmp_path / "e", [(7, "cat"), (9, "dog")], [(7, "cow")]), tmp_path / "j", images=False)
+    space = Index.open(tmp_path / "j" / "val").label_space
+    assert (space.names, space.ids) == (("cat", "dog", "cow"), (1, 2, 3)) and "counted anew" in caplog.text
+
+
+def test_a_split_that_cannot_be_imported_leaves_none_behind(tmp_path):
+    source = two_splits(tmp_path / "d", [(7, "cat")], [(7, "cat")])
+    picture(source / "images" / "a.jpg")
+    broken = source / "annotations" / "instances_val.json"
+    broken.write_text(broken.read_text().replace("a.jpg", "gone.jpg"))
+    with pytest.raises(DataError, match="none of the pictures"):
+        import_data(source, tmp_path / "i")
+    assert not (tmp_path / "i").exists()
+
+
+def test_a_name_that_is_no_text_is_kept_and_shown(tmp_path, gesso):
+    """On Linux a file name is bytes."""
+    (tmp_path / "d" / "labels").mkdir(parents=True)
+    (tmp_path / "d" / "classes.txt").write_text("cat\n")
+    for name in (b"caf\xe9.jpg", b"tea.jpg"):
+        picture(tmp_path / "d" / "images" / os.fsdecode(name))
+    (tmp_path / "d" / "images" / os.fsdecode(b"\xe9.jpg")).write_bytes(b"")
+    index, _ = bring(tmp_path / "d", tmp_path / "i")
+    assert sorted(map(os.fsencode, index.names)) == [b"images/caf\xe9.jpg", b"images/tea.jpg"]
+    assert [os.fsencode(issue.image) for issue in index.issues()] == [b"images/\xe9.jpg"]
+    assert "\\udce9.jpg" in gesso("data", "check", tmp_path / "d", code=1).out
+    for format in ("coco", "voc"):
+        line = gesso.mistake("data", "export", tmp_path / "i", "--out", tmp_path / format, "--format", format)
+        assert "is no UTF-8" in line and not (tmp_path / format).exists()
 
 
 def test_a_category_outside_the_given_space_is_refused_when_used(tmp_path):
