@@ -11,7 +11,8 @@ Keys beside COCO's own. Annotations: ``visible_bbox`` (xywh), ``occluded_share``
 CityPersons' ``vis_ratio`` (visible box over box) and ``height``, and ``part_of``, the id of the card under a digit.
 ``bbox`` is the whole object, hidden parts included; ``segmentation`` and ``area`` are what can be seen. Images:
 ``semantic`` (a path), ``photograph`` and ``license``; where labels are hidden, LVIS's ``neg_category_ids`` (verified as
-absent) and ``not_exhaustive_category_ids``: a class with neither an annotation nor a verdict of absence is unverified.
+absent) and ``not_exhaustive_category_ids`` (some annotations are missing): a class in the second list is unverified,
+and so is one with neither an annotation nor a verdict of absence.
 The document: ``label_space`` (``LabelSpace.to_dict``: is-a and part-of relations).
 """
 
@@ -26,13 +27,14 @@ import numpy.typing as npt
 from PIL import Image
 
 from gesso.config import to_dict
+from gesso.data import rle
 from gesso.data.demo_paint import paste
 from gesso.data.demo_scenes import DemoConfig, Scene, SceneObject, demo_label_space, make_scene
 from gesso.errors import ConfigError, InputError
 from gesso.files import read_json, write_json, write_text
 from gesso.label_space import LabelSpace
 
-__all__ = ["ANNOTATIONS", "DemoConfig", "demo_label_space", "encode_rle", "make_demo", "make_demo_classes"]
+__all__ = ["ANNOTATIONS", "DemoConfig", "demo_label_space", "make_demo", "make_demo_classes"]
 
 ANNOTATIONS = "annotations.json"
 _SETTINGS, _DONE = "demo.json", "done.json"
@@ -114,14 +116,6 @@ def make_demo_classes(folder: Path, config: DemoConfig, *, side: int = 64, progr
     return folder
 
 
-def encode_rle(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
-    """COCO's uncompressed run lengths of a mask (H, W): ``{"size": [H, W], "counts": [...]}``, by columns."""
-    flat = mask.ravel(order="F")
-    turns = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    counts = np.diff(turns, prepend=0, append=flat.size).tolist()
-    return {"size": list(mask.shape), "counts": [0, *counts] if flat[0] else counts}
-
-
 class _Document:
     """The COCO document as it grows by scenes."""
 
@@ -157,7 +151,7 @@ class _Document:
                 self.annotations.append(self._annotation(item, image_id, ids_of_objects))
 
     def _annotation(self, item: SceneObject, image_id: int, ids_of_objects: dict[int, int]) -> dict[str, Any]:
-        box, visible = _xywh(item.xyxy), _xywh(item.visible_xyxy)
+        box, visible, mask = _xywh(item.xyxy), _xywh(item.visible_xyxy), rle.encode(item.mask)
         annotation: dict[str, Any] = {
             "id": len(self.annotations) + 1,
             "image_id": image_id,
@@ -165,7 +159,7 @@ class _Document:
             "bbox": box,
             "area": int(np.count_nonzero(item.mask)),
             "iscrowd": 0,
-            "segmentation": encode_rle(item.mask),
+            "segmentation": {"size": list(mask.size), "counts": mask.counts.decode()},
             "visible_bbox": visible,
             "occluded_share": round(item.occluded, 4),
             "vis_ratio": round(visible[2] * visible[3] / (box[2] * box[3]), 4),

@@ -12,6 +12,7 @@ from gesso.data.importing import examine
 from gesso.data.index import Index
 from gesso.data.index_writer import IndexWriter
 from gesso.data.readers.coco import read_coco
+from gesso.data.readers.lvis import Lists, verdicts
 from gesso.data.records import Reading, Verified
 from gesso.files import read_json
 from gesso.label_space import LabelSpace
@@ -22,7 +23,8 @@ def demo_index(folder: Path, config: DemoConfig, *, progress: Progress | None = 
 
     Goes the way of every import, and carries along what only this set's file tells: the relations of the label space,
     what they imply for verified classes, and the object columns ``visible_xyxy`` float32 (M, 4),
-    ``occluded_share`` float32 (M,) and ``part_of`` int64 (M,), the annotation id of the whole or 0.
+    ``occluded_share`` float32 (M,) and ``part_of`` int64 (M,), the annotation id of the whole or 0. An annotation shows
+    the classes above its own as well; what hidden or coarse labels leave in doubt is unverified, annotated or not.
 
     Raises:
         InputError: as ``make_demo``. DataError: the index in the folder is damaged.
@@ -45,7 +47,6 @@ def _with_extras(reading: Reading, document: dict[str, Any], space: LabelSpace) 
     """Adds the columns of the keys that are not COCO's; images and annotations are numbered from 1 in this file."""
     numbers = reading.objects.annotation_ids
     assert numbers is not None and reading.label_space.names == space.names
-    images = [document["images"][number - 1] for number in reading.images.ids.tolist()]
     objects = [document["annotations"][number - 1] for number in numbers.tolist()]
     visible = np.array([item["visible_bbox"] for item in objects], np.float32).reshape(-1, 4)
     visible[:, 2:] += visible[:, :2]
@@ -55,7 +56,7 @@ def _with_extras(reading: Reading, document: dict[str, Any], space: LabelSpace) 
         "occluded_share": np.array([item["occluded_share"] for item in objects], np.float32),
         "part_of": np.array([item.get("part_of", 0) for item in objects], np.int64),
     }
-    verified = _verified(images, document["annotations"], space)
+    verified = None if reading.images.verified is None else _verified(reading, document["images"], space)
     return replace(
         reading,
         images=replace(reading.images, verified=verified),
@@ -63,27 +64,20 @@ def _with_extras(reading: Reading, document: dict[str, Any], space: LabelSpace) 
     )
 
 
-def _verified(images: list[dict[str, Any]], annotations: list[dict[str, Any]], space: LabelSpace) -> Verified | None:
-    """LVIS's lists as verdicts: 1 for what is annotated and whole, 2 for what is absent; None where all is verified."""
-    if not any("neg_category_ids" in image for image in images):
-        return None
-    labels_of = {number: label for label, number in enumerate(space.ids)}
-    present: dict[int, set[int]] = {image["id"]: set() for image in images}
-    for item in annotations:
-        present[item["image_id"]].add(labels_of[item["category_id"]])
-    offsets, labels, states = [0], [], []
-    for image in images:
-        shown = {space.index(above) for label in present[image["id"]] for above in space.ancestors(space.names[label])}
-        shown |= present[image["id"]]
-        if "neg_category_ids" in image:
-            absent = {labels_of[number] for number in image["neg_category_ids"]}
-            whole = shown - {labels_of[number] for number in image["not_exhaustive_category_ids"]}
-        else:
-            absent, whole = set(range(len(space))) - shown, shown
-        found = sorted([(label, 1) for label in whole] + [(label, 2) for label in absent])
-        labels += [label for label, _ in found]
-        states += [state for _, state in found]
-        offsets.append(len(labels))
-    return Verified(
-        offsets=np.array(offsets, np.int64), labels=np.array(labels, np.int32), states=np.array(states, np.int8)
+def _verified(reading: Reading, images: list[dict[str, Any]], space: LabelSpace) -> Verified:
+    """LVIS's verdicts, where an annotation shows the classes above its own too."""
+    lists = {
+        image["id"]: Lists(absent=image["neg_category_ids"], partial=image["not_exhaustive_category_ids"])
+        for image in images
+        if "neg_category_ids" in image
+    }
+    shown = [[label, *map(space.index, space.ancestors(name))] for label, name in enumerate(space.names)]
+    labels = reading.objects.labels.tolist()
+    return verdicts(
+        lists,
+        reading.images.ids,
+        np.repeat(reading.objects.rows, [len(shown[label]) for label in labels]),
+        np.array([above for label in labels for above in shown[label]], np.int64),
+        np.array(space.ids),
+        where=Path(reading.name),
     )

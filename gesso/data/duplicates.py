@@ -7,6 +7,8 @@ pictures that merely share a bright upper half. A flat picture (no texture left 
 
 Candidates are found in sorted tables (Manku, Jain and Das Sarma, "Detecting near-duplicates for web crawling", WWW
 2007): the hash is cut in ``distance + 3`` bands, and two hashes within the distance agree in at least three of them.
+A pair is compared in the first table in which it agrees, and only while its pictures are in different groups. In each
+table neighbours come first, so that the alike pictures of a static camera are one group before their pairs are listed.
 """
 
 import itertools
@@ -89,8 +91,15 @@ def fingerprints(paths: Sequence[Path | None], *, progress: Progress | None = No
     return Fingerprints(hashes, thumbnails, usable)
 
 
-def near_pairs(hashes: npt.NDArray[np.uint64], distance: int) -> Iterator[tuple[Ints, Ints]]:
-    """Pairs of rows (a, b) whose hashes differ in at most ``distance`` bits, in pieces; a pair may come several times.
+def near_pairs(hashes: npt.NDArray[np.uint64], distance: int, groups: Ints) -> Iterator[tuple[Ints, Ints]]:
+    """Pairs of rows (a, b) of different groups whose hashes differ in at most ``distance`` bits, in pieces.
+
+    A pair may come twice.
+
+    Args:
+        hashes: uint64 (N,), in rising order, so that the neighbours in a table are those that differ least.
+        distance: 0 to 8.
+        groups: int64 (N,), the group of each row. The caller may join groups in it, in place, between the pieces.
 
     Raises:
         ConfigError: the distance is not within 0..8.
@@ -99,15 +108,17 @@ def near_pairs(hashes: npt.NDArray[np.uint64], distance: int) -> Iterator[tuple[
         raise ConfigError(f"a distance of {distance} bits between near-duplicates", remedy=f"Use 0 to {MAX_DISTANCE}.")
     bands = distance + 3
     edges = [64 * band // bands for band in range(bands + 1)]
-    masks = [((1 << (high - low)) - 1) << low for low, high in itertools.pairwise(edges)]
-    for chosen in itertools.combinations(masks, 3):
-        keys = hashes & np.uint64(sum(chosen))
-        order = np.argsort(keys, kind="stable").astype(np.int64)
-        for a, b in _pairs_of_runs(keys[order]):
-            left, right = order[a], order[b]
-            near = np.bitwise_count(hashes[left] ^ hashes[right]) <= distance
+    masks = [np.uint64(((1 << (high - low)) - 1) << low) for low, high in itertools.pairwise(edges)]
+    for chosen in itertools.combinations(range(bands), 3):
+        keys = hashes & np.bitwise_or.reduce([masks[band] for band in chosen])
+        others = [masks[band] for band in range(chosen[-1]) if band not in chosen]
+        for a, b in _candidates(keys, groups):
+            differing = hashes[a] ^ hashes[b]
+            near = (groups[a] != groups[b]) & (np.bitwise_count(differing) <= distance)
+            for mask in others:  # a pair that agrees here too was in an earlier table
+                near &= (differing & mask) != 0
             if near.any():
-                yield left[near], right[near]
+                yield a[near], b[near]
 
 
 def join(labels: Ints, a: Ints, b: Ints) -> Ints:
@@ -144,14 +155,13 @@ def group_near(labels: Ints, prints: Fingerprints, *, distance: int = DISTANCE) 
     Groups are closed under the relation: a near b and b near c puts a and c together.
     """
     rows = np.flatnonzero(prints.usable & (labels == np.arange(len(labels))))
-    for a, b in near_pairs(prints.hashes[rows], distance):
-        left, right = rows[a], rows[b]
-        apart = labels[left] != labels[right]
-        left, right = left[apart], right[apart]
-        if len(left):
-            alike = np.einsum("nd,nd->n", prints.thumbnails[left], prints.thumbnails[right]) >= CORRELATION
-            labels = join(labels, left[alike], right[alike])
-    return labels
+    rows = rows[np.argsort(prints.hashes[rows], kind="stable")]
+    groups = np.arange(len(rows), dtype=np.int64)
+    for a, b in near_pairs(prints.hashes[rows], distance, groups):
+        left, right = prints.thumbnails[rows[a]], prints.thumbnails[rows[b]]
+        alike = np.einsum("nd,nd->n", left, right) >= CORRELATION
+        groups[:] = join(groups, a[alike], b[alike])
+    return join(labels, rows, rows[groups])
 
 
 def _fingerprint_or_none(path: Path | None) -> tuple[int, npt.NDArray[np.float32]] | None:
@@ -174,22 +184,39 @@ def _read_grey(path: Path) -> npt.NDArray[np.uint8] | None:
     return None if grey is None else np.asarray(grey, np.uint8)
 
 
-def _pairs_of_runs(keys: npt.NDArray[np.uint64]) -> Iterator[tuple[Ints, Ints]]:
-    """All pairs of positions within each run of equal sorted ``keys``, in pieces of about 2**18 pairs."""
-    if len(keys) < 2:
-        return
-    starts = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
-    ends = np.append(starts[1:], len(keys))
-    after = np.repeat(ends, ends - starts) - np.arange(len(keys)) - 1
-    first = np.flatnonzero(after > 0)
-    after = after[first]
+def _candidates(keys: npt.NDArray[np.uint64], groups: Ints) -> Iterator[tuple[Ints, Ints]]:
+    """The pairs of rows with one key, in pieces: neighbours first, then all that are of different groups by then."""
+    order = np.argsort(keys, kind="stable").astype(np.int64)
+    equal = np.flatnonzero(np.diff(keys[order]) == 0)
+    for first in range(0, len(equal), _PAIRS_AT_ONCE):
+        at = equal[first : first + _PAIRS_AT_ONCE]
+        yield order[at], order[at + 1]
+    rows = order[np.union1d(equal, equal + 1)]
+    if len(rows):
+        rows = rows[np.lexsort((groups[rows], keys[rows]))]
+        for a, b in _pairs_between_groups(keys[rows], groups[rows]):
+            yield rows[a], rows[b]
+
+
+def _pairs_between_groups(keys: npt.NDArray[np.uint64], groups: Ints) -> Iterator[tuple[Ints, Ints]]:
+    """All pairs of positions with one key and different groups, in pieces of about 2**18 pairs; both are sorted."""
+    new_key = np.diff(keys) != 0
+    group_ends = _run_ends(new_key | (np.diff(groups) != 0))
+    after = _run_ends(new_key) - group_ends
+    first = np.flatnonzero(after)
+    total = np.cumsum(after[first])
     at = 0
-    total = np.cumsum(after)
     while at < len(first):
         done = total[at - 1] if at else 0
         stop = max(at + 1, int(np.searchsorted(total, done + _PAIRS_AT_ONCE, side="right")))
-        counts = after[at:stop]
+        counts = after[first[at:stop]]
         a = np.repeat(first[at:stop], counts)
         offset = np.arange(len(a)) - np.repeat(np.cumsum(counts) - counts, counts)
-        yield a.astype(np.int64), (a + 1 + offset).astype(np.int64)
+        yield a, group_ends[a] + offset
         at = stop
+
+
+def _run_ends(borders: npt.NDArray[np.bool_]) -> Ints:
+    """int64 (N,): the end of each position's run; ``borders`` (N - 1,) says where the next position is of another."""
+    ends = np.append(np.flatnonzero(borders) + 1, len(borders) + 1)
+    return np.repeat(ends, np.diff(ends, prepend=0)).astype(np.int64)

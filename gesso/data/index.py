@@ -21,6 +21,7 @@ from gesso.label_space import LabelSpace
 
 FORMAT, VERSION = "gesso-index", 1
 HEAD, REPORT = "index.json", "report.jsonl"
+_KEYS = {"images", "boxes", "label_space", "sources", "columns", "image_columns", "object_columns"}
 
 
 class Objects(NamedTuple):
@@ -64,7 +65,8 @@ class Index:
         """Opens the index in the folder ``path``.
 
         Raises:
-            DataError: there is no index, it is of another format version, or a column is missing or cut off.
+            DataError: there is no index, its head is damaged, it is of another format version, or a column is missing
+                or cut off.
         """
         folder = Path(path).absolute()
         try:
@@ -73,11 +75,13 @@ class Index:
             raise _no_index(folder) from None
         except (OSError, ValueError) as error:
             raise DataError(f"cannot be read: {error}", where=folder / HEAD, remedy="Import the data again.") from None
-        if not isinstance(head, dict) or head.get("format") != FORMAT:
-            raise DataError("is not the head of an index", where=folder / HEAD)
+        if not isinstance(head, dict) or head.get("format") != FORMAT or "version" not in head:
+            raise _no_head(folder)
         if head["version"] != VERSION:
             remedy = "Import the data again with this version, or use the version of Gesso that wrote it."
             raise DataError(f"has format version {head['version']}, not {VERSION}", where=folder, remedy=remedy)
+        if not head.keys() >= _KEYS or not isinstance(head["columns"], dict):
+            raise _no_head(folder)
         for name, entry in head["columns"].items():
             file = folder / f"{name}.npy"
             try:
@@ -264,7 +268,14 @@ class Index:
         return [self.mask_columns[k] for k in range(start, end)]
 
     def verified(self, i: int) -> Array | None:
-        """(C,) int8 of image i: 0 unverified, 1 present, 2 absent; None = every class was verified."""
+        """(C,) int8 of image i: 0 unverified, 1 present, 2 absent; None = every class was verified.
+
+        Verified are the classes that the source labels in every image (``Source.labelled``), 1 with a box and 2
+        without, and those that the image's own labels tell. None: the source labels all classes, and the image has no
+        labels of its own. A box speaks against an absence; it does not verify a class by itself, since more instances
+        may be hidden (LVIS's ``not_exhaustive_category_ids``). Only where nothing but ``labelled`` tells of the image
+        does a box make a further class 1.
+        """
         labelled = self.sources[self.source_rows[i]].labelled
         image_level = self.verified_columns
         start, end = (0, 0) if image_level is None else (int(v) for v in image_level.offsets[i : i + 2])
@@ -275,7 +286,10 @@ class Index:
             states[[self.label_space.index(name) for name in labelled]] = 2
         if image_level is not None:
             states[image_level.labels[start:end]] = image_level.states[start:end]
-        states[self.labels[self.offsets[i] : self.offsets[i + 1]]] = 1
+        shown = self.labels[self.offsets[i] : self.offsets[i + 1]]
+        # ``labelled`` is empty where images speak for themselves: there, an image without labels verifies nothing.
+        by_source_alone = labelled and start == end
+        states[shown if by_source_alone else shown[states[shown] == 2]] = 1
         return states
 
     def issues(self) -> list[Issue]:
@@ -301,6 +315,10 @@ def sha256(file: Path) -> str:
     """The SHA-256 of a file in hexadecimal digits."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _no_head(folder: Path) -> DataError:
+    return DataError("is not the head of an index", where=folder / HEAD, remedy="Import the data again.")
 
 
 def _no_index(folder: Path) -> DataError:

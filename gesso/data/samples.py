@@ -228,12 +228,20 @@ class TrainingBuilder(torch.utils.data.Dataset[Built]):
         return surplus
 
     def _verified(self, row: int, present: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """(C,) in the run's classes; a class that no class of the index maps to is unverified."""
+        """(C,) in the run's classes: 0 unverified, 1 present, 2 absent, as from ``Index.verified``.
+
+        Asked only where some image or source of the index tells what was verified; else ``Targets.verified`` is None,
+        and all classes count as verified, those too that the index lacks. Here such a class is unverified. Where
+        several classes of the index map to one of the run, it is verified if all of them are, present if one is.
+        """
         states = self.index.verified(row)
-        mapped = np.zeros(self.num_classes, np.int8)
         known = self.labels >= 0
-        mapped[self.labels[known]] = 2 if states is None else states[known]
-        mapped[present] = 1
+        mapped = np.zeros(self.num_classes, np.int8)
+        mapped[self.labels[known]] = 2
+        if states is None:
+            mapped[present] = 1
+        else:
+            np.minimum.at(mapped, self.labels[known], states[known])
         return mapped
 
 

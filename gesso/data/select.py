@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from gesso.data.blocks import take_images
 from gesso.data.duplicates import DISTANCE, fingerprints, group_equal, group_near
 from gesso.data.index import Index
 from gesso.data.index_writer import IndexWriter, check_target
 from gesso.data.partition import Holdings, Quota, assign, quota
-from gesso.data.records import ImageBlock, ObjectBlock, Verified, take_column, take_ragged
+from gesso.data.records import ImageBlock, ObjectBlock, take_column
 from gesso.data.statistics import image_classes
 from gesso.errors import DataError, InputError
 from gesso.files import new_parents
@@ -134,7 +135,8 @@ def split(
     """
     if not len(index):
         raise DataError("there is no image to split", where=index.path)
-    due = quota({"train": 0.8, "val": 0.2} if parts is None else parts, len(index))
+    parts = {"train": 0.8, "val": 0.2} if parts is None else parts
+    due = quota(parts, len(index))
     folders = [Path(out) / name for name in due.names]
     for folder in folders:
         check_target(folder.absolute(), overwrite=False, can_overwrite=False)
@@ -149,6 +151,8 @@ def split(
     part = _assign(index, groups, sizes, parts=pinned, seed=seed, due=due, balance=balance, notes=notes)
     if sizes.max() > max(2, 0.05 * len(index)):
         notes.append(f"{sizes.max()} images are near-duplicates of one another and stay together")
+    why = "groups stay together" if keep is None else "images stay in their earlier part, and groups together"
+    notes += _unmet(parts, np.bincount(part, minlength=len(due.names)), due.names, why)
     made = _write_parts(index, due.names, folders, part)
     return Split(
         parts=made,
@@ -194,6 +198,18 @@ def _assign(
     return np.asarray(part, np.int64)
 
 
+def _unmet(parts: Mapping[str, float | int], counts: Ints, names: tuple[str, ...], why: str) -> list[str]:
+    """A note for each number asked for that is not met, and for each part without images."""
+    notes = []
+    for name, count in zip(names, counts.tolist(), strict=False):
+        wanted = parts.get(name, 0.0)
+        if not isinstance(wanted, float) and count != wanted:
+            notes.append(f"{name} has {count} images instead of {wanted}: {why}")
+        elif not count:
+            notes.append(f"{name} is empty: there are too few images, or {why}")
+    return notes
+
+
 def _positions(ids: Ints, seed: int) -> npt.NDArray[np.float64]:
     """The place in [0, 1) of each image id, with 53 bits."""
     high, low = fold(seed, _SPLIT, ids, 0), fold(seed, _SPLIT, ids, 1)
@@ -235,24 +251,20 @@ def _write_parts(index: Index, names: tuple[str, ...], folders: list[Path], part
 
 
 def _images(index: Index, rows: Ints) -> ImageBlock:
-    verified = index.verified_columns
-    if verified is not None:
-        offsets, labels = take_ragged(verified.offsets, verified.labels, rows)
-        _, states = take_ragged(verified.offsets, verified.states, rows)
-        verified = Verified(offsets=offsets, labels=labels, states=states)
-    return ImageBlock(
-        ids=index.image_ids[rows],
-        names=index.names.take(rows),
-        widths=index.widths[rows],
-        heights=index.heights[rows],
-        sources=index.source_rows[rows],
-        normalised=index.normalised[rows],
-        orientations=index.orientations[rows],
-        hashes=index.content_hashes[rows],
-        semantic=None if index.semantic is None else index.semantic.take(rows),
-        verified=verified,
-        columns={name: take_column(column, rows) for name, column in index.image_columns.items()},
+    whole = ImageBlock(
+        ids=index.image_ids,
+        names=index.names,
+        widths=index.widths,
+        heights=index.heights,
+        sources=index.source_rows,
+        normalised=index.normalised,
+        orientations=index.orientations,
+        hashes=index.content_hashes,
+        semantic=index.semantic,
+        verified=index.verified_columns,
+        columns=index.image_columns,
     )
+    return take_images(whole, rows)
 
 
 def _objects(index: Index, rows: Ints, first: int) -> ObjectBlock:

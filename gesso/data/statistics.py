@@ -36,8 +36,8 @@ class Statistics:
         boxes_per_image_mean, boxes_per_image_median, boxes_per_image_max: over all images, negatives too.
         crowd, ignore, difficult: boxes with the flag.
         masks: boxes with a mask.
-        small, medium, large: boxes by their area in pixels, below 32**2, below 96**2, and the others. Boxes of images
-            of unknown size are in none.
+        small, medium, large: boxes by their area in pixels, below 32**2, below 96**2, and the others. Boxes that are
+            shares of an unknown size (``Index.normalised``) are in none.
         widths, heights: (least, median, greatest) in pixels over the images of known size; zeros where there is none.
         classes: one row a category, in the order of the label space.
     """

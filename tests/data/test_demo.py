@@ -5,10 +5,9 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from gesso.data.demo import encode_rle, make_demo, make_demo_classes
+from gesso.data.demo import make_demo, make_demo_classes
 from gesso.data.demo_scenes import DemoConfig, make_scene
 from gesso.errors import ConfigError, InputError
 
@@ -60,6 +59,7 @@ def test_other_folders_are_refused(tmp_path):
 def test_the_coco_file_says_what_the_scenes_hold(tmp_path, capsys):
     coco = COCO(str(make_demo(tmp_path / "a", CONFIG)))
     assert [c["name"] for c in coco.loadCats(coco.getCatIds())][-1] == "card"
+    ratios = []
     for number in range(CONFIG.images):
         scene = make_scene(CONFIG, number)
         image = coco.loadImgs(number + 1)[0]
@@ -75,14 +75,20 @@ def test_the_coco_file_says_what_the_scenes_hold(tmp_path, capsys):
             assert annotation["area"] == item.mask.sum()
             x, y, w, h = annotation["bbox"]
             assert [x, y, x + w, y + h] == item.xyxy.tolist()
+            assert annotation["height"] == item.xyxy[3] - item.xyxy[1]
+            ratios.append(annotation["vis_ratio"])
+            whole_area = w * h
             x, y, w, h = annotation["visible_bbox"]
             assert [x, y, x + w, y + h] == item.visible_xyxy.tolist()
+            assert abs(annotation["vis_ratio"] - w * h / whole_area) < 1e-4
+            assert abs(annotation["occluded_share"] - item.occluded) < 1e-4
             assert coco.cats[annotation["category_id"]]["name"] == item.name
             whole = annotation.get("part_of")
             assert (whole is None) == (item.whole is None)
             if whole is not None:
                 assert coco.cats[coco.anns[whole]["category_id"]]["name"] == "card"
                 assert coco.anns[whole]["image_id"] == number + 1
+    assert min(ratios) < 0.95 and max(ratios) == 1
 
 
 def test_hidden_labels_leave_three_kinds_of_classes(tmp_path):
@@ -101,15 +107,6 @@ def test_hidden_labels_leave_three_kinds_of_classes(tmp_path):
     assert len(document["annotations"]) < sum(len(make_scene(config, n).objects) for n in range(30))
 
 
-def test_rle_equals_pycocotools():
-    rng = np.random.Generator(np.random.PCG64(0))
-    for mask in [rng.random((7, 5)) < 0.5, np.ones((3, 4), bool), np.zeros((3, 4), bool), np.eye(6, dtype=bool)]:
-        rle = encode_rle(mask)
-        assert sum(rle["counts"]) == mask.size
-        packed = coco_mask.frPyObjects(rle, *rle["size"])
-        assert np.array_equal(coco_mask.decode(packed).astype(bool), mask)
-
-
 def test_a_folder_of_classes(tmp_path):
     folder = make_demo_classes(tmp_path / "c", CONFIG, side=48)
     items = [item for number in range(CONFIG.images) for item in make_scene(CONFIG, number).objects]
@@ -124,6 +121,19 @@ def test_a_folder_of_classes(tmp_path):
         make_demo_classes(folder, CONFIG, side=32)
     with pytest.raises(ConfigError):
         make_demo_classes(tmp_path / "d", CONFIG, side=2)
+
+
+def test_a_picture_of_a_class_shows_its_object(tmp_path):
+    config = DemoConfig(images=8, side=96, objects=(1, 1))
+    folder = make_demo_classes(tmp_path / "c", config, side=48)
+    for number in range(8):
+        scene = make_scene(config, number)
+        x0, y0, x1, y1 = scene.objects[0].xyxy.tolist()
+        size = round(1.3 * max(x1 - x0, y1 - y0))
+        left, top = (min(max(round((low + high - size) / 2), 0), 96 - size) for low, high in ((x0, x1), (y0, y1)))
+        crop = Image.fromarray(scene.pixels[top : top + size, left : left + size]).resize((48, 48))
+        with Image.open(folder / scene.objects[0].leaf / f"{number:06d}.png") as picture:
+            assert np.abs(np.asarray(picture, int) - np.asarray(crop, int)).mean() < 6
 
 
 def test_an_unwritable_place_is_one_line(tmp_path):

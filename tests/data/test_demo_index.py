@@ -35,30 +35,34 @@ def test_the_index_holds_the_scenes(tmp_path, config):
         rows = slice(at, at + len(shown))
         assert np.array_equal(columns["visible_xyxy"][rows], np.array([o.visible_xyxy for o in shown]).reshape(-1, 4))
         assert np.allclose(columns["occluded_share"][rows], [item.occluded for item in shown], atol=1e-4)
-        assert [part > 0 for part in columns["part_of"][rows]] == [
-            item.whole is not None and not scene.objects[item.whole].hidden_label for item in shown
-        ]
+        numbers = dict(zip(map(id, shown), index.annotation_ids[rows].tolist(), strict=True))
+        wholes = [None if item.whole is None else scene.objects[item.whole] for item in shown]
+        assert columns["part_of"][rows].tolist() == [numbers.get(id(whole), 0) for whole in wholes]
         at += len(shown)
         assert index.image_path(i).is_file()
         semantic = index.semantic_path(i)
         assert semantic is not None and semantic.is_file()
     assert at == index.num_boxes
+    assert np.any(columns["part_of"]) == config.parts
 
 
 def test_verified_classes(tmp_path):
     index = demo_index(tmp_path, RICH)
     names = np.array(index.label_space.names)
-    unverified = 0
+    space = index.label_space
+    unverified = withheld = 0
     for i in range(len(index)):
         scene = make_scene(RICH, i)
         annotated = {item.name for item in scene.objects if not item.hidden_label}
         states = index.verified(i)
-        assert set(names[states == 0]) == set(scene.unverified) - annotated
-        assert annotated <= set(names[states == 1])
+        shown = annotated | {above for name in annotated for above in space.ancestors(name)}
+        assert set(names[states == 0]) == set(scene.unverified)
+        assert set(names[states == 1]) == shown - set(scene.unverified)
         present = {item.leaf for item in scene.objects}
         assert present.isdisjoint(names[states == 2])
         unverified += (states == 0).sum()
-    assert unverified > 20
+        withheld += len(annotated & set(scene.unverified))
+    assert unverified > 20 and withheld > 3
 
 
 def test_with_no_label_left_nothing_is_verified(tmp_path):

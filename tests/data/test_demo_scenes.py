@@ -46,6 +46,21 @@ def test_truth_of_a_scene(config):
         assert set(scene.semantic[free].tolist()) <= {0, VOID}
 
 
+@pytest.mark.parametrize("config", [DemoConfig(side=96), RICH], ids=["plain", "rich"])
+def test_the_semantic_map_is_void_where_a_neighbour_has_another_owner(config):
+    names = demo_label_space(config).names
+    for scene in scenes(config, 4):
+        owner = np.zeros((96, 96), int)
+        for place, item in enumerate(scene.objects, start=1):
+            owner[item.mask] = place
+        codes = np.array([0, *(1 + names.index(item.leaf) for item in scene.objects)])
+        padded = np.pad(owner, 1, mode="edge")
+        around = [padded[dy : dy + 96, dx : dx + 96] for dy in range(3) for dx in range(3)]
+        border = np.any([other != owner for other in around], axis=0)
+        assert np.array_equal(scene.semantic, np.where(border, VOID, codes[owner]))
+        assert not scene.objects or border.any()
+
+
 def test_masks_show_what_was_painted():
     """Painting an object anew over its own scene's background changes no pixel outside its rim."""
     for scene in scenes(DemoConfig(side=96), 10):

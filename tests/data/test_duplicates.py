@@ -39,7 +39,7 @@ def test_near_pairs_are_those_of_the_slow_search(distance, seed, count):
         hashes = hashes ^ (np.uint64(1) << rng.integers(0, 64, count).astype(np.uint64))
     found = {
         (min(i, j), max(i, j))
-        for a, b in duplicates.near_pairs(hashes, distance)
+        for a, b in duplicates.near_pairs(hashes, distance, np.arange(count))
         for i, j in zip(a.tolist(), b.tolist(), strict=True)
     }
     assert found == slow_pairs(hashes, distance)
@@ -47,15 +47,55 @@ def test_near_pairs_are_those_of_the_slow_search(distance, seed, count):
 
 def test_long_runs_come_in_pieces(monkeypatch):
     monkeypatch.setattr(duplicates, "_PAIRS_AT_ONCE", 10)
-    pieces = [len(a) for a, _ in duplicates.near_pairs(np.full(30, 7, np.uint64), 0)]
-    assert sum(pieces) == 30 * 29 // 2
+    pieces = [len(a) for a, _ in duplicates.near_pairs(np.full(30, 7, np.uint64), 0, np.arange(30))]
+    assert sum(pieces) == 30 * 29 // 2 + 29  # neighbours come first, and again
     assert max(pieces) <= 29
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 8), st.integers(0, 2**32), st.integers(0, 60), st.integers(1, 40))
+def test_groups_are_closed_under_nearness(distance, seed, count, kinds):
+    """Thumbnails turn by steps of which two are too far, so that groups hold together by chains alone."""
+    rng = np.random.default_rng(seed)
+    flips = rng.integers(0, 64, (3, count)).astype(np.uint64)
+    hashes = rng.integers(0, 2**63, 2, np.int64).astype(np.uint64)[rng.integers(0, 2, count)]
+    for bits in flips:
+        hashes = hashes ^ (np.uint64(1) << bits)
+    angles = rng.integers(0, kinds, count) * 0.1
+    thumbnails = np.zeros((count, 256), np.float32)
+    thumbnails[:, 0], thumbnails[:, 1] = np.cos(angles), np.sin(angles)
+    edges = [(a, b) for a, b in slow_pairs(hashes, distance) if abs(angles[a] - angles[b]) < 0.14]
+    expected = duplicates.join(
+        np.arange(count), np.array([a for a, _ in edges], np.int64), np.array([b for _, b in edges], np.int64)
+    )
+    prints = duplicates.Fingerprints(hashes, thumbnails, np.ones(count, bool))
+    assert duplicates.group_near(np.arange(count), prints, distance=distance).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("noise", [0, 1])
+def test_the_alike_pictures_of_a_static_camera_cost_few_pairs(monkeypatch, noise):
+    """All pairs would be 56 tables of 450,000 each."""
+    count, pairs = 3000, []
+    candidates = duplicates._candidates
+
+    def counted(keys, groups):
+        for a, b in candidates(keys, groups):
+            pairs.append(len(a))
+            yield a, b
+
+    monkeypatch.setattr(duplicates, "_candidates", counted)
+    rng = np.random.default_rng(0)
+    hashes = np.full(count, 12345, np.uint64) ^ (rng.integers(0, 16, count).astype(np.uint64) << np.uint64(30)) * noise
+    thumbnails = np.full((count, 256), 1 / 16, np.float32)
+    prints = duplicates.Fingerprints(hashes, thumbnails, np.ones(count, bool))
+    assert not duplicates.group_near(np.arange(count), prints).any()
+    assert sum(pairs) <= 60 * count
 
 
 @pytest.mark.parametrize("distance", [-1, 9])
 def test_a_distance_out_of_range_is_refused(distance):
     with pytest.raises(ConfigError, match="0 to 8"):
-        next(duplicates.near_pairs(np.zeros(2, np.uint64), distance))
+        next(duplicates.near_pairs(np.zeros(2, np.uint64), distance, np.arange(2)))
 
 
 @settings(max_examples=40, deadline=None)

@@ -100,11 +100,29 @@ def test_verified_labels(tmp_path):
     verified = Verified(
         offsets=np.array([0, 0, 1, 2, 2]), labels=np.array([1, 0]), states=np.array([2, 1], dtype=np.int8)
     )
-    rows = objects([1])
-    rows.labels[:] = 2
-    index = write(tmp_path / "i", rows, first=images(4, verified=verified), labelled=("cat",))
-    assert [index.verified(i).tolist() for i in range(4)] == [[2, 0, 0], [2, 2, 1], [1, 0, 0], [2, 0, 0]]
+    rows = objects([0, 0, 1, 1, 1, 2])
+    rows.labels[:] = [0, 2, 0, 1, 2, 2]
+
+    def states(labelled):
+        index = write(tmp_path / "i", rows, first=images(4, verified=verified), labelled=labelled, overwrite=True)
+        return [None if (found := index.verified(i)) is None else found.tolist() for i in range(4)]
+
+    # A box speaks against an absence. It verifies a class by itself only beside the word of the source alone.
+    assert states(("cat",)) == [[1, 0, 1], [1, 1, 0], [1, 0, 0], [2, 0, 0]]
+    assert states(()) == [[0, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0]]
+    assert states(None) == [None, [1, 1, 1], [1, 2, 1], None]
     assert write(tmp_path / "j").verified(0) is None
+
+
+def test_labels_of_large_label_spaces_are_not_cut_off(tmp_path):
+    space = LabelSpace.from_names(f"class {k}" for k in range(2**15 + 3))
+    rows = objects([0, 1])
+    rows.labels[:] = [2**15 + 2, 7]
+    writer = IndexWriter(tmp_path / "i", space, sources=[Source(name="s", root=str(tmp_path))])
+    writer.add_images(images(2))
+    writer.add_objects(rows)
+    assert Index.open(writer.finish()).labels.tolist() == [2**15 + 2, 7]
+    assert write(tmp_path / "j", objects([0])).labels.dtype == np.int16
 
 
 def test_semantic_paths(tmp_path):
@@ -189,6 +207,17 @@ def test_damage_is_named(tmp_path):
     (index.path / "index.json").write_text(json.dumps(head | {"version": 99}))
     with pytest.raises(DataError, match="format version 99"):
         Index.open(index.path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"version": None}, {"columns": None}, {"boxes": None}, {"columns": 3}, {"format": 1}]
+)
+def test_a_head_without_its_keys_is_refused(tmp_path, change):
+    file = write(tmp_path / "i").path / "index.json"
+    head = json.loads(file.read_text()) | change
+    file.write_text(json.dumps({key: value for key, value in head.items() if value is not None}))
+    with pytest.raises(DataError, match=r"index\.json: is not the head of an index"):
+        Index.open(tmp_path / "i")
 
 
 def test_what_is_no_index_is_told_apart(tmp_path):

@@ -16,10 +16,11 @@ from PIL import Image
 
 from gesso.data.index import Index
 from gesso.data.index_writer import IndexWriter
-from gesso.data.loading import inference_batches, picture_batches, training_batches
+from gesso.data.loading import TrainingBatches, inference_batches, picture_batches, training_batches
 from gesso.data.records import CROWD, DIFFICULT, GROUP_OF, ImageBlock, Masks, ObjectBlock, Polygons, Source, Strings
 from gesso.data.rle import encode
-from gesso.data.samples import TrainingBuilder
+from gesso.data.samples import Broken, Built, ImageSlots, TargetSlots, TrainingBuilder
+from gesso.data.sampling import BatchStream
 from gesso.data.transforms import Direct, InputConfig, KeepRatio
 from gesso.errors import ConfigError, DataError, InputError, TrainingError
 from gesso.label_space import LabelSpace
@@ -233,6 +234,31 @@ def test_too_many_broken_pictures_stop_the_run(tmp_path):
     for workers in (0, 1):
         with pytest.raises(TrainingError, match="cannot be read: No such file"):
             next(training_batches(whole, options, seed=2, batch_size=4, workers=workers))
+
+
+def draw_broken(broken, count):
+    """Draws batches of 100 of which the numbers ``broken`` (by batch, else one) could not be read."""
+
+    class Reported(torch.utils.data.Dataset):
+        def __getitem__(self, plan):
+            images, targets = ImageSlots(1, (1, 1)).tensors(), TargetSlots(1, 1, 0, None).tensors()
+            lost = [Broken(0, DataError("the picture is empty"))] * broken.get(plan.number, 1)
+            return Built(images=images, targets=targets, broken=lost)
+
+    take(TrainingBatches(Reported(), BatchStream(np.zeros(9), seed=0, batch_size=100), workers=0), count)
+
+
+def test_one_broken_picture_in_a_hundred_and_three_to_spare_are_borne():
+    draw_broken({0: 4}, 100)
+    with pytest.raises(TrainingError, match="104 of the last 10000 pictures"):
+        draw_broken({99: 5}, 100)
+
+
+def test_broken_pictures_count_for_ten_thousand_samples():
+    draw_broken({0: 4, 100: 4}, 101)
+    draw_broken(dict.fromkeys(range(98), 0) | {98: 50, 99: 50}, 100)
+    with pytest.raises(TrainingError, match="104 of the last 10000 pictures"):
+        draw_broken({0: 4, 99: 2}, 100)
 
 
 def test_another_size_than_in_the_index_is_a_broken_picture(index, tmp_path):

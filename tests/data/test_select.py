@@ -161,6 +161,47 @@ def test_duplicates_and_near_duplicates_stay_together(tmp_path):
         assert {i for i in ids if i < 20} == {i - 20 for i in ids if 20 <= i < 40}
 
 
+def copies(folder, groups, each=2):
+    """Images without boxes or pictures: ``groups`` of ``each`` exact copies, next to one another."""
+    count = groups * each
+    writer = IndexWriter(folder, LabelSpace.from_names("a"), sources=[Source(name="", root=str(folder))])
+    size, names = np.full(count, 100, np.int32), Strings.of(f"{i}.jpg" for i in range(count))
+    hashes = np.repeat(np.arange(1, groups + 1), each).astype(np.uint64)
+    writer.add_images(ImageBlock(ids=np.arange(count), names=names, widths=size, heights=size, hashes=hashes))
+    return Index.open(writer.finish())
+
+
+def test_an_image_stays_in_its_earlier_part_though_its_copy_is_in_another(tmp_path):
+    index = copies(tmp_path / "all", 20)
+    for name, rows in (("train", range(0, 30, 2)), ("val", range(1, 30, 2))):
+        subset(index, tmp_path / "before" / name, list(rows))
+    parts = {"train": 0.5, "val": 0.5}
+    made = split(index, tmp_path / "out", parts, near_duplicates=False, keep=tmp_path / "before")
+    ids = ids_of(made)
+    assert set(range(0, 30, 2)) <= ids["train"] and set(range(1, 30, 2)) <= ids["val"]
+    assert sum(map(len, ids.values())) == 40
+    assert "15 images stay in their earlier part, though a duplicate of theirs is in another" in made.notes
+
+
+def test_a_number_that_is_not_met_is_noted(tmp_path):
+    index = copies(tmp_path / "all", 30)
+    made = split(index, tmp_path / "out", {"val": 7, "test": 12}, near_duplicates=False)
+    images = {part.name: part.images for part in made.parts}
+    assert images["val"] in (6, 8) and images["test"] == 12
+    assert made.notes == (f"val has {images['val']} images instead of 7: groups stay together",)
+    kept = split(index, tmp_path / "kept", {"val": 2}, near_duplicates=False, keep=tmp_path / "out")
+    assert kept.notes == (
+        f"val has {images['val']} images instead of 2: images stay in their earlier part, and groups together",
+    )
+
+
+def test_an_empty_part_is_noted(tmp_path):
+    one = copies(tmp_path / "all", 1, each=1)
+    made = split(one, tmp_path / "out", {"train": 0.8, "val": 0.2}, near_duplicates=False)
+    [empty] = [part.name for part in made.parts if not part.images]
+    assert made.notes == (f"{empty} is empty: there are too few images, or groups stay together",)
+
+
 def test_pictures_that_cannot_be_read_are_noted(tmp_path):
     made = split(write_index(tmp_path, pictures=False), tmp_path / "out")
     assert any("24 pictures" in note for note in made.notes) and any("no content hash" in note for note in made.notes)

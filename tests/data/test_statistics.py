@@ -2,11 +2,13 @@ import numpy as np
 import pytest
 
 from gesso.data import statistics
-from gesso.data.records import CROWD, DIFFICULT, IGNORE
+from gesso.data.index import Index
+from gesso.data.index_writer import IndexWriter
+from gesso.data.records import CROWD, DIFFICULT, IGNORE, ImageBlock, ObjectBlock, Source, Strings
 from gesso.data.select import subset
 from gesso.data.statistics import image_classes, images_per_class
 
-from .sample_index import write_index
+from .sample_index import SPACE, write_index
 
 
 def test_counts_are_those_of_a_slow_count(tmp_path, monkeypatch):
@@ -37,6 +39,17 @@ def test_counts_are_those_of_a_slow_count(tmp_path, monkeypatch):
         assert row.boxes == sum((o.labels == label).sum() for o in objects)
         assert row.share == pytest.approx(row.boxes / sum(numbers))
     assert images_per_class(index).tolist() == [row.images for row in found.classes]
+
+
+def test_boxes_of_unknown_size_are_neither_small_nor_large(tmp_path):
+    writer = IndexWriter(tmp_path / "i", SPACE, sources=[Source(name="", root=str(tmp_path))])
+    sizes, shares = np.array([0, 640, 0], np.int32), np.array([True, False, True])
+    names = Strings.of(["a.jpg", "b.jpg", "c.jpg"])
+    writer.add_images(ImageBlock(ids=np.arange(3), names=names, widths=sizes, heights=sizes, normalised=shares))
+    xyxy = np.array([[0, 0, 0.5, 0.5], [0, 0, 9, 9], [0, 0, 200, 100], [0.1, 0.1, 0.9, 0.9]], np.float32)
+    writer.add_objects(ObjectBlock(rows=np.array([0, 1, 1, 2]), xyxy=xyxy, labels=np.zeros(4, np.int64)))
+    found = statistics.statistics(Index.open(writer.finish()))
+    assert (found.boxes, found.small, found.medium, found.large, found.unsized) == (4, 1, 0, 1, 2)
 
 
 def test_image_classes_lists_each_pair_once(tmp_path):

@@ -1,9 +1,9 @@
 """Which classes of an image were checked, as LVIS tells it beside COCO's keys.
 
 An image's ``neg_category_ids`` are absent; a class with boxes is present and whole, unless it stands in
-``not_exhaustive_category_ids``; of every other class nothing is known. Source: Gupta et al., "LVIS: A Dataset for Large
-Vocabulary Instance Segmentation" (2019), section 3. An image without both lists, beside others that have them, is
-verified for every class.
+``not_exhaustive_category_ids``: such a class has boxes and stays unverified, since more of its instances may be there.
+Of every other class nothing is known. Source: Gupta et al., "LVIS: A Dataset for Large Vocabulary Instance
+Segmentation" (2019), section 3. An image without both lists, beside others that have them, is verified for every class.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ class Lists(NamedTuple):
 def verdicts(
     lists: Mapping[int, Lists], image_ids: Array, rows: Array, labels: Array, category_ids: Array, *, where: Path
 ) -> Verified:
-    """State 1 for the classes that are annotated and whole, 2 for those that are absent.
+    """State 1 for the classes that are annotated and whole, 2 for those that are absent; a box speaks against a list.
 
     Args:
         lists: by image id.

@@ -37,15 +37,19 @@ def test_lists_become_verified_labels(source, tmp_path):
     import_data(source, tmp_path / "i", images=False)
     index = Index.open(tmp_path / "i")
     assert index.label_space.names == ("dog", "owl", "cat", "yak")
-    assert index.verified(0).tolist() == [
-        1,
-        1,
-        0,
-        2,
-    ]  # a box speaks against the list, and shows that its class is present
+    # More dogs than the one with a box may be there; the owl's box speaks against the list of what is absent.
+    assert index.verified(0).tolist() == [0, 1, 0, 2]
     assert index.verified(1).tolist() == [1, 0, 2, 0]
     assert index.verified(2).tolist() == [2, 2, 1, 2]  # without lists, everything is verified
     assert index.semantic_path(0) is None and index.semantic_path(1).parts[-2:] == ("maps", "2.png")
+
+
+def test_an_image_whose_classes_are_all_in_doubt_verifies_nothing(tmp_path):
+    doubt = {"neg_category_ids": [], "not_exhaustive_category_ids": [5, 3]}
+    import_data(save(tmp_path / "x.json", [(1, doubt), (2, {}), (3, {})]), tmp_path / "i", images=False)
+    index = Index.open(tmp_path / "i")
+    assert index.objects(0).labels.tolist() == [0, 1]
+    assert index.verified(0).tolist() == [0, 0, 0, 0]
 
 
 def test_verdicts_themselves():
@@ -63,7 +67,7 @@ def test_in_another_label_space(source, tmp_path):
     space = LabelSpace.from_names(["emu", "owl", "cat", "dog"])
     import_data(source, tmp_path / "i", images=False, label_space=space)
     index = Index.open(tmp_path / "i")
-    assert [index.verified(i).tolist() for i in range(3)] == [[0, 1, 0, 1], [0, 0, 2, 1], [0, 2, 1, 2]]
+    assert [index.verified(i).tolist() for i in range(3)] == [[0, 1, 0, 0], [0, 0, 2, 1], [0, 2, 1, 2]]
 
 
 def test_a_file_without_lists_verifies_everything(tmp_path):
