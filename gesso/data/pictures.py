@@ -88,7 +88,7 @@ def _parse(file: BinaryIO, number: int) -> Header:
         picture = _open(file, head)
         width, height = _stored_size(picture)
         if width * height > MAX_PIXELS:
-            return Header(0, 0, 1, 0, "picture is too large", f"{width} x {height}, {limit}")
+            return Header(0, 0, 1, 0, "picture is too large", f"{width} x {height} pixels, {limit}")
         return Header(width, height, exif_orientation(picture), number)
     except Image.DecompressionBombError:  # some plug-ins look at the size themselves
         return Header(0, 0, 1, 0, "picture is too large", limit)

@@ -19,24 +19,14 @@ from gesso.data import rle
 from gesso.data.blocks import join_columns, join_masks, join_texts, lookup, take_images, take_objects
 from gesso.data.readers.json_stream import stream_arrays
 from gesso.data.readers.lvis import Lists, verdicts
-from gesso.data.records import (
-    FLAGS,
-    Array,
-    ImageBlock,
-    Issue,
-    Mask,
-    Masks,
-    ObjectBlock,
-    Polygons,
-    Reading,
-    Strings,
-)
+from gesso.data.records import FLAGS, Array, ImageBlock, Issue, Mask, Masks, ObjectBlock, Polygons, Reading, Strings
 from gesso.errors import DataError
 from gesso.label_space import LabelSpace
 
 S = TypeVar("S", bound=msgspec.Struct)
 _FLOATS = ("height", "vis_ratio", "score")
 _FLAG_KEYS = {("iscrowd" if name == "crowd" else name): bit for name, bit in FLAGS.items()}
+_BITS = {"id": 63, "image_id": 63, "category_id": 63, "width": 31, "height": 31}
 _NO_BOX = (float("nan"),) * 4
 
 
@@ -94,22 +84,27 @@ def read_coco(path: Path, *, split: str = "", progress: Callable[[int], None] | 
 
     Raises:
         DataError: the file is no JSON or breaks off (line and byte are named), an array is missing, a category id is
-            unknown, or a category or an image cannot be understood.
+            unknown, a category or an image cannot be understood, or a number or a text is none that a column holds.
     """
     parts = _Parts(path)
     for piece in stream_arrays(path, _DECODERS, progress=progress):
         kind: Any = {"images": _Image, "annotations": _Annotation, "categories": _Category}[piece.key]
-        elements = piece.elements if piece.elements is not None else parts.convert(piece.raw, kind)
+        elements = piece.raw
         parts.seen.add(piece.key)
         try:
+            elements = piece.elements if piece.elements is not None else parts.convert(piece.raw, kind)
             if piece.key == "categories":
-                parts.categories.extend(elements)
+                parts.add_categories(elements)
             elif piece.key == "images":
                 parts.add_images(elements, piece.text)
             else:
                 parts.add_annotations(elements, piece.text)
         except OverflowError:
-            raise DataError(f"an id or a number in '{piece.key}' is too large", where=path) from None
+            what = f"{_too_large(elements)} in '{piece.key}' is too large"
+            raise DataError(what, where=path, remedy="An id may have 63 bits, a width or height 31.") from None
+        except UnicodeEncodeError as error:
+            what = f"the text {error.object!r} in '{piece.key}' is not Unicode"
+            raise DataError(what, where=path, remedy="Mend or rename it there.") from None
     return parts.finish(split)
 
 
@@ -143,8 +138,7 @@ class _Parts:
         return found
 
     def _mend(self, element: Any, problem: str) -> Iterable[_Annotation]:
-        number = element.get("id") if isinstance(element, dict) else None
-        number = number if isinstance(number, int) else None
+        number, image_id = (_id(element.get(key)) if isinstance(element, dict) else None for key in ("id", "image_id"))
         if isinstance(element, dict):
             bbox = element.get("bbox")
             if isinstance(bbox, list) and len(bbox) == 4 and None in bbox:
@@ -159,10 +153,14 @@ class _Parts:
                 return [mended]
             except msgspec.ValidationError:
                 pass
-        image_id = element.get("image_id") if isinstance(element, dict) else None
-        image_id = image_id if isinstance(image_id, int) else None
         self._note(image_id, number, "annotation cannot be read", "dropped", problem)
         return []
+
+    def add_categories(self, categories: list[_Category]) -> None:
+        # Made to raise here what a column of them would raise where the file is no longer known.
+        np.fromiter([category.id for category in categories], np.int64)
+        Strings.of(category.name + (category.supercategory or "") for category in categories)
+        self.categories.extend(categories)
 
     def add_images(self, images: list[_Image], text: bytes) -> None:
         count = len(images)
@@ -187,10 +185,9 @@ class _Parts:
     def add_annotations(self, annotations: list[_Annotation], text: bytes) -> None:
         count = len(annotations)
         ids = np.fromiter([a.id for a in annotations], np.int64, count)
-        corners = [a.bbox for a in annotations]
-        if None in corners:
-            corners = [_box_of(a) for a in annotations]
-        flat = np.fromiter(itertools.chain.from_iterable(corners), np.float64, 4 * count)  # type: ignore[arg-type]
+        masks = [self._mask(a) for a in annotations] if b'"segmentation"' in text else [None] * count
+        corners = [a.bbox or _extent(mask) for a, mask in zip(annotations, masks, strict=True)]
+        flat = np.fromiter(itertools.chain.from_iterable(corners), np.float64, 4 * count)
         xyxy = flat.reshape(-1, 4)
         xyxy[:, 2:] += xyxy[:, :2]
         flags, known = np.zeros(count, np.uint16), np.zeros(count, np.uint16)
@@ -205,9 +202,6 @@ class _Parts:
                 columns[key] = _floats([getattr(a, key) for a in annotations])
         self.image_ids.append(np.fromiter([a.image_id for a in annotations], np.int64, count))
         self.category_ids.append(np.fromiter([a.category_id for a in annotations], np.int64, count))
-        masks = None
-        if b'"segmentation"' in text:
-            masks = Masks.of([self._mask(a) for a in annotations])
         with np.errstate(over="ignore"):
             boxes = xyxy.astype(np.float32)
             areas = _floats([a.area for a in annotations])
@@ -220,7 +214,7 @@ class _Parts:
                 known_flags=known,
                 areas=areas,
                 annotation_ids=ids,
-                masks=masks,
+                masks=Masks.of(masks) if any(masks) else None,
                 columns=columns,
             )
         )
@@ -233,10 +227,10 @@ class _Parts:
             if isinstance(found, _Runs):
                 height, width = found.size
                 counts = found.counts
-                runs = rle.uncompress(counts.encode()) if isinstance(counts, str) else np.array(counts)
+                runs = rle.uncompress(counts.encode()) if isinstance(counts, str) else np.array(counts, np.int64)
                 return rle.from_counts(runs, (height, width))
             return _polygons(found)
-        except DataError as error:
+        except (DataError, OverflowError, UnicodeEncodeError) as error:
             self._note(annotation.image_id, annotation.id, "mask cannot be read", "mask dropped", str(error))
             return None
 
@@ -345,16 +339,36 @@ class _Parts:
         return (*self.issues, *found)
 
 
-def _box_of(annotation: _Annotation) -> tuple[float, float, float, float]:
-    """The box, that of the polygons where there is none, or NaN where there is nothing."""
-    if annotation.bbox is not None:
-        return annotation.bbox
-    if isinstance(annotation.segmentation, list) and any(annotation.segmentation):
-        x = [value for ring in annotation.segmentation for value in ring[0::2]]
-        y = [value for ring in annotation.segmentation for value in ring[1::2]]
-        if x and y:
-            return (min(x), min(y), max(x) - min(x), max(y) - min(y))
-    return _NO_BOX
+def _too_large(elements: Iterable[Any]) -> str:
+    """Names the first number that its column does not hold."""
+    for element, (key, bits) in itertools.product(elements, _BITS.items()):
+        value = getattr(element, key, None)
+        if isinstance(value, int) and not -(1 << bits) <= value < 1 << bits:
+            return f"the {key} {value}"
+    return "a number"
+
+
+def _id(value: Any) -> int | None:
+    return value if isinstance(value, int) and -(1 << 63) <= value < 1 << 63 else None
+
+
+def _extent(mask: Mask) -> tuple[float, float, float, float]:
+    """x, y, width and height of a mask, whose pixels are not drawn for it; NaN where it is empty or none."""
+    if isinstance(mask, Polygons):
+        points = np.concatenate(mask.rings).astype(np.float64)
+        low, high = points.min(0), points.max(0)
+    elif mask is not None and rle.area(mask):
+        counts = rle.uncompress(mask.counts)
+        ends = np.cumsum(counts)
+        first_and_last = np.stack((ends[:-1:2], ends[1::2] - 1))[:, counts[1::2] > 0]
+        x, y = np.divmod(first_and_last, mask.size[0])
+        # Pixels are counted column by column: a run that goes on in the next column fills both to the border.
+        longer = x[0] != x[1]
+        y[0, longer], y[1, longer] = 0, mask.size[0] - 1
+        low, high = np.array((x.min(), y.min())), np.array((x.max(), y.max())) + 1
+    else:
+        return _NO_BOX
+    return (*low.tolist(), *(high - low).tolist())
 
 
 def _floats(values: list[float | None]) -> Array:

@@ -3,12 +3,15 @@
 import re
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, get_args
+from xml.etree import ElementTree
 
 from gesso.data.pictures import SUFFIXES
+from gesso.data.readers.voc import ROOT, lines_of, stem_of
+from gesso.data.readers.yolo_names import describe
 from gesso.errors import DataError, nearest
 
 Format: TypeAlias = Literal["coco", "voc", "yolo"]
-_COCO_KEYS = re.compile(rb'"(images|annotations|categories)"\s*:')
+_COCO_KEYS = re.compile(rb'"(images|annotations|categories)"\s*:\s*\[\s*[{\]]')
 _PEEK = 1 << 16
 
 
@@ -20,11 +23,14 @@ class Found(NamedTuple):
         path: the JSON file (coco), the folder that holds Annotations/ or the XML files (voc), or the data.yaml or the
             folder that holds labels/ (yolo).
         split: "train", "val", ...; "" where the source is not split.
+        by_name_only: the split is taken only where its name is asked for: it repeats others, or is optional and has no
+            pictures.
     """
 
     format: Format
     path: Path
     split: str
+    by_name_only: bool = False
 
 
 def detect(source: str | Path, format: str = "auto") -> list[Found]:
@@ -35,7 +41,8 @@ def detect(source: str | Path, format: str = "auto") -> list[Found]:
         format: "coco", "voc", "yolo", or "auto".
 
     Raises:
-        DataError: there is nothing, nothing known, or more than one format; says what was found and the remedy.
+        DataError: there is nothing, nothing known, or more than one format, or a data.yaml cannot be understood; says
+            what was found and the remedy.
     """
     path = Path(source)
     if format != "auto" and format not in get_args(Format):
@@ -57,9 +64,9 @@ def detect(source: str | Path, format: str = "auto") -> list[Found]:
 
 
 def choose(found: list[Found], split: str | None, source: str | Path) -> list[Found]:
-    """The one with the name ``split``, or all where it is None. DataError with the known names."""
+    """The one with the name ``split``; where it is None, all but those by name only. DataError with the known names."""
     if split is None:
-        return found
+        return [one for one in found if not one.by_name_only] or found
     chosen = [one for one in found if one.split == split]
     if not chosen:
         remedy = nearest(split, [one.split for one in found if one.split])
@@ -79,7 +86,8 @@ def _of_file(path: Path, format: str) -> list[Found]:
 
 
 def _coco(folder: Path) -> list[Found]:
-    files = [f for place in (folder, folder / "annotations") for f in sorted(place.glob("*.json")) if _is_coco(f)]
+    places = (folder, folder / "annotations")
+    files = [file for place in places for file in sorted(place.glob("*.json")) if file.is_file() and _is_coco(file)]
     instances = [file for file in files if file.stem.startswith("instances")]
     files = instances or files
     if len(files) == 1:
@@ -103,13 +111,28 @@ def _is_coco(file: Path) -> bool:
 
 def _voc(folder: Path) -> list[Found]:
     annotations = folder / "Annotations" if (folder / "Annotations").is_dir() else folder
-    if next(annotations.rglob("*.xml"), None) is None:
+    if not any(_may_be_voc(file) for file in annotations.rglob("*.xml")):
         return []
     lists = sorted((folder / "ImageSets" / "Main").glob("*.txt")) or sorted((folder / "ImageSets").glob("*.txt"))
-    splits = [file.stem for file in lists if "_" not in file.stem]
-    if {"train", "val"} <= set(splits):
-        splits = [name for name in splits if name != "trainval"]
-    return [Found("voc", folder, name) for name in splits] or [Found("voc", folder, "")]
+    splits = [file.stem for file in lists if not _is_of_one_class(file, annotations)]
+    parts = {"train", "val"} <= set(splits)
+    return [Found("voc", folder, name, parts and name == "trainval") for name in splits] or [Found("voc", folder, "")]
+
+
+def _may_be_voc(file: Path) -> bool:
+    """False where the root is another one. A file that is no XML may be a broken annotation: the reader reports it."""
+    try:
+        with file.open("rb") as opened:
+            _, root = next(ElementTree.iterparse(opened, events=("start",)))
+    except (ElementTree.ParseError, ValueError, LookupError, OSError):
+        return True
+    return bool(root.tag == ROOT)
+
+
+def _is_of_one_class(file: Path, annotations: Path) -> bool:
+    """Whether a list is one of CLASS_SPLIT.txt: behind each picture stands whether it shows the class."""
+    first = next(iter(lines_of(file)), "")
+    return "_" in file.stem and stem_of(first, annotations) != first
 
 
 def _yolo(folder: Path) -> list[Found]:
@@ -124,9 +147,9 @@ def _yolo(folder: Path) -> list[Found]:
 
 
 def _yaml_splits(file: Path) -> list[Found]:
-    text = file.read_text(encoding="utf-8", errors="replace")
-    splits = [name for name in ("train", "val", "valid", "test") if re.search(rf"^{name}\s*:\s*\S", text, re.MULTILINE)]
-    return [Found("yolo", file, name) for name in splits] or [Found("yolo", file, "")]
+    description = describe(file)
+    splits = [Found("yolo", file, name, name in description.missing) for name in description.places]
+    return splits or [Found("yolo", file, "")]
 
 
 def _nothing(folder: Path, format: str) -> DataError:

@@ -38,7 +38,10 @@ def read_yolo(path: Path, *, split: str = "", progress: Callable[[int], None] | 
     root = description.root
     pictures = list(_pictures(description, path, split))
     space = _space(description, path)
-    issues: list[Issue] = []
+    issues = [
+        Issue("", None, "split has no pictures", "left out", f"{absent}: {place} does not exist")
+        for absent, place in description.missing.items()
+    ]
     rows: list[_Row] = []
     for image, (name, labels) in enumerate(pictures):
         if labels is not None:
@@ -106,7 +109,8 @@ def _files(description: Description, path: Path, split: str) -> Iterable[Path]:
                 if line.strip():
                     yield description.root / line.strip()
         else:
-            raise DataError(f"the folder or list '{place}' of pictures does not exist", where=path)
+            remedy = "Correct the path, or choose another --split."
+            raise DataError(f"the folder or list '{place}' of pictures does not exist", where=path, remedy=remedy)
 
 
 def _labels_of(picture: Path) -> Path:

@@ -13,8 +13,10 @@ from pathlib import Path
 from gesso.errors import DataError
 
 _SPLITS = ("train", "val", "valid", "test")
+_OPTIONAL = ("test",)
 _NAME_FILES = ("classes.txt", "obj.names", "labels/classes.txt")
 _TOP = re.compile(r"^([A-Za-z_][\w-]*)\s*:\s*(.*)$")
+_NULLS = ("", "~", "null", "Null", "NULL")
 
 
 @dataclass(frozen=True)
@@ -31,38 +33,61 @@ class Description:
     names: Mapping[int, str]
     places: Mapping[str, list[Path]]
 
+    @property
+    def missing(self) -> dict[str, Path]:
+        """Optional split -> the first of its places that does not exist: often a test set that is not given out."""
+        absent = {split: [p for p in self.places.get(split, ()) if not p.exists()] for split in _OPTIONAL}
+        return {split: places[0] for split, places in absent.items() if places}
+
 
 def describe(path: Path) -> Description:
-    """The description in ``path``, a data.yaml or a folder with classes.txt. DataError where there are no names."""
+    """The description in ``path``, a data.yaml or a folder with classes.txt.
+
+    Raises:
+        DataError: there are no names, a class number has none, or the file cannot be read.
+    """
     if path.is_file():
         return _of_yaml(path)
     for name in _NAME_FILES:
         if (path / name).is_file():
-            lines = (path / name).read_text(encoding="utf-8").splitlines()
-            return Description(path, dict(enumerate(line.strip() for line in lines if line.strip())), {})
+            return Description(path, _of_lines(path / name), {})
     remedy = "Write the names of the classes, one a line, into classes.txt, or give a data.yaml."
     raise DataError("the class names are missing", where=path, remedy=remedy)
+
+
+def _of_lines(file: Path) -> dict[int, str]:
+    """The class number is the line's, from 0 on."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").rstrip().splitlines()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"the class names cannot be read: {error}", where=file, remedy="Save them as UTF-8.") from None
+    if "" in lines:
+        what = f"line {lines.index('') + 1} is blank, so the class number {lines.index('')} has no name"
+        raise DataError(what, where=file, remedy="Name the class, or remove the line if the labels do not count it.")
+    return dict(enumerate(lines))
 
 
 def _of_yaml(path: Path) -> Description:
     try:
         values = parse(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, ValueError) as error:
-        raise DataError(f"this YAML file cannot be read: {error}", where=path) from None
+    except ValueError as error:
+        remedy = "Write it as Ultralytics' data.yaml files are, or choose another --format."
+        raise DataError(f"this YAML file cannot be read: {error}", where=path, remedy=remedy) from None
     names = values.get("names", {})
     if isinstance(names, str):
         names = {0: names}
     if sorted(names) != list(range(len(names))) or not names:
-        raise DataError("'names' should give a name to each class number from 0 on", where=path)
+        remedy = "Write them as a list, or as 'number: name' one a line, or choose another --format."
+        raise DataError("'names' should give a name to each class number from 0 on", where=path, remedy=remedy)
     root = path.parent
     base = values.get("path")
     if isinstance(base, str) and base:
         root = next((p for p in (root / base, Path(base)) if p.is_dir()), root)
     places = {}
     for split in _SPLITS:
-        given = values.get(split)
-        if given:
-            listed = [given] if isinstance(given, str) else list(given.values())
+        given = values.get(split, "")
+        listed = [text for text in ([given] if isinstance(given, str) else given.values()) if text]
+        if listed:
             places[split] = [_place(root, path.parent, text) for text in listed]
     return Description(root, {number: names[number] for number in range(len(names))}, places)
 
@@ -86,7 +111,7 @@ def parse(text: str) -> dict[str, str | dict[int, str]]:
             continue
         elif (top := _TOP.match(line)) is not None:
             key, value = top[1], top[2].strip()
-            values[key] = {} if not value else _scalar(value)
+            values[key] = {} if value in _NULLS else _scalar(value)
             pending = value if value[:1] in ("[", "{") else ""
         elif key and (line[0] in " -"):
             table = values[key]

@@ -4,8 +4,9 @@ from PIL import Image
 
 from gesso.data.importing import import_data
 from gesso.data.index import Index
-from gesso.data.readers.detect import detect
-from gesso.data.records import DIFFICULT, TRUNCATED
+from gesso.data.readers.detect import choose, detect
+from gesso.data.readers.voc import read_voc
+from gesso.data.records import DIFFICULT, OCCLUDED, TRUNCATED
 from gesso.errors import DataError
 
 XML = """<annotation><filename>{name}</filename><size><width>{width}</width><height>30</height></size>{objects}
@@ -16,13 +17,26 @@ OBJECT = (
 )
 
 
-def write(folder, stem, *objects, width=40):
-    for inner in ("Annotations", "JPEGImages"):
-        (folder / inner).mkdir(parents=True, exist_ok=True)
+def write(folder, stem, *objects, width=40, name=None, stored=None):
+    """``name`` stands in the file, ``stored`` is the picture's; both STEM.jpg where they are not given."""
+    picture = folder / "JPEGImages" / (f"{stem}.jpg" if stored is None else stored)
+    annotation = folder / "Annotations" / f"{stem}.xml"
+    for file in (picture, annotation):
+        file.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(OBJECT.format(name=n, box=b, difficult=d, more=m) for n, b, d, m in objects)
-    xml = XML.format(name=f"{stem}.jpg", width=width, objects=text)
-    (folder / "Annotations" / f"{stem}.xml").write_text(xml)
-    Image.new("RGB", (40, 30)).save(folder / "JPEGImages" / f"{stem}.jpg")
+    annotation.write_text(XML.format(name=f"{stem}.jpg" if name is None else name, width=width, objects=text))
+    if stored != "":
+        Image.new("RGB", (40, 30)).save(picture, format="JPEG")
+
+
+def lists(folder, **splits):
+    (folder / "ImageSets" / "Main").mkdir(parents=True, exist_ok=True)
+    for name, text in splits.items():
+        (folder / "ImageSets" / "Main" / f"{name}.txt").write_text(text)
+
+
+def names(folder, **more):
+    return list(read_voc(folder, **more).images.names)
 
 
 @pytest.fixture
@@ -48,11 +62,8 @@ def test_boxes_are_inclusive_pixels_from_one(folder, tmp_path):
 
 
 def test_splits_come_from_image_sets(folder, tmp_path):
-    lists = folder / "ImageSets" / "Main"
-    lists.mkdir(parents=True)
-    for name, text in {"train": "a\nc\n", "val": "b\nz\n", "trainval": "a\nb\nc", "cat_train": "a 1\nc -1"}.items():
-        (lists / f"{name}.txt").write_text(text)
-    assert [found.split for found in detect(folder)] == ["train", "val"]
+    lists(folder, train="a\nc\n", val="b\nz\n", trainval="a\nb\nc", cat_train="a 1\nc -1")
+    assert [found.split for found in choose(detect(folder), None, folder)] == ["train", "val"]
     summary = import_data(folder, tmp_path / "i")
     assert [part.images for part in summary.splits] == [2, 1]
     assert [issue.image for issue in Index.open(tmp_path / "i" / "val").issues() if "missing" in issue.what] == ["z"]
@@ -71,3 +82,88 @@ def test_broken_xml_is_left_out_and_all_broken_refused(folder, tmp_path):
 def test_without_pictures(folder, tmp_path):
     import_data(folder, tmp_path / "i", images=False)
     assert Index.open(tmp_path / "i").widths.tolist() == [40, 40, 99]
+
+
+def test_a_split_by_name(folder, tmp_path):
+    lists(folder, train="a\nc\n", val="b\n", trainval="a\nb\nc\n", train_small="c\n")
+    assert import_data(folder, tmp_path / "i", split="train_small").images == 1
+    assert import_data(folder, tmp_path / "j", split="trainval").images == 3
+
+
+def test_a_line_of_a_list_is_a_whole_name(folder):
+    for stem in ("my cat", "scan 1", "scan", "d 0"):
+        write(folder, stem)
+    lists(folder, mine="my cat\n\n  scan 1\t\nscan 0\nd 0  -1\nmy dog\n", bytes="")
+    (folder / "ImageSets" / "Main" / "bytes.txt").write_bytes(b"a\n\xff\n")
+    found = read_voc(folder, split="mine")
+    assert list(found.images.names) == ["my cat.jpg", "scan 1.jpg", "scan.jpg", "d 0.jpg"]
+    assert [(issue.image, issue.what) for issue in found.issues] == [("my dog", "annotation file is missing")]
+    assert [issue.image for issue in read_voc(folder, split="bytes").issues] == ["\udcff"]
+
+
+def test_the_picture_with_the_name_of_the_annotation_file_comes_first(tmp_path):
+    write(tmp_path, "a", name="a.jpg")
+    write(tmp_path, "b", name="a.jpg")
+    write(tmp_path, "c", name="a.jpg", stored="c.WebP")
+    write(tmp_path, "d", name="other.jpg", stored="other.jpg")
+    write(tmp_path, "e", name="", stored="e.JPEG")
+    write(tmp_path, "f", name="f.txt", stored="f.tif")
+    write(tmp_path, "g", name="", stored="")
+    write(tmp_path, "h", name="far.png", stored="")
+    assert names(tmp_path) == ["a.jpg", "b.jpg", "c.WebP", "other.jpg", "e.JPEG", "f.tif", "g.jpg", "far.png"]
+
+
+def test_of_pictures_with_the_same_name_the_given_one_is_taken(tmp_path):
+    for stored in ("a.bmp", "a.png", "a.jpg"):
+        write(tmp_path, "a", name="a.png", stored=stored)
+    assert names(tmp_path) == ["a.png"]
+    write(tmp_path, "a", name="A.PNG")
+    assert names(tmp_path) == ["a.bmp"]
+
+
+def test_folders_of_annotations(tmp_path):
+    write(tmp_path, "one/a", name="a.jpg")
+    write(tmp_path, "two/a", name="a.jpg")
+    write(tmp_path, "two/b", name="deep/b.jpg", stored="deep/b.jpg")
+    write(tmp_path, "two/c", name="", stored="c.png")
+    assert names(tmp_path) == ["one/a.jpg", "two/a.jpg", "deep/b.jpg", "c.png"]
+    lists(tmp_path, val="two/a\n")
+    assert names(tmp_path, split="val") == ["two/a.jpg"]
+
+
+def test_occluded(folder, tmp_path):
+    box = (1, 1, 9, 9)
+    write(folder, "d", ("cat", box, 0, "<occluded>1</occluded>"), ("dog", box, 0, "<occluded>0</occluded>"))
+    import_data(folder, tmp_path / "i")
+    index = Index.open(tmp_path / "i")
+    assert index.objects(3).flags.tolist() == [OCCLUDED, 0]
+    assert index.known_flags[-2:].tolist() == [DIFFICULT | OCCLUDED] * 2
+
+
+def test_semantic_maps(folder, tmp_path):
+    maps = folder / "SegmentationClass"
+    maps.mkdir()
+    Image.new("L", (40, 30)).save(maps / "b.png")
+    import_data(folder, tmp_path / "i")
+    index = Index.open(tmp_path / "i")
+    assert [index.semantic_path(row) is None for row in range(3)] == [True, False, True]
+    assert index.semantic_path(1).samefile(maps / "b.png")
+
+
+@pytest.mark.parametrize("width", [99999999999, 2**31, "1e400", "nan", "wide", "-4", ""])
+def test_a_size_that_is_none_is_unknown(folder, width):
+    write(folder, "a", width=width)
+    assert read_voc(folder).images.widths.tolist() == [0, 40, 99]
+
+
+def test_corners_beyond_any_number(folder, tmp_path):
+    write(folder, "a", ("cat", ("1e300", 1, 2, 3), 0, ""))
+    assert import_data(folder, tmp_path / "i").issues["box is not finite"] == 2
+
+
+@pytest.mark.parametrize("text", ["<project/>", '<?xml version="1.0" encoding="no"?><annotation/>'])
+def test_what_is_no_annotation_is_left_out(folder, text):
+    (folder / "Annotations" / "a.xml").write_text(text)
+    found = read_voc(folder)
+    assert list(found.images.names) == ["b.jpg", "c.jpg"]
+    assert [(issue.image, issue.what) for issue in found.issues] == [("a", "annotation file cannot be read")]

@@ -3,7 +3,8 @@ from PIL import Image
 
 from gesso.data.importing import import_data
 from gesso.data.index import Index
-from gesso.data.readers.yolo_names import parse
+from gesso.data.readers.detect import detect
+from gesso.data.readers.yolo_names import describe, parse
 from gesso.errors import DataError
 
 
@@ -66,6 +67,97 @@ def test_data_yaml_with_splits(tmp_path):
     assert Index.open(tmp_path / "i" / "val").label_space.names == ("cat", "a dog")
     summary = import_data(folder / "data.yaml", tmp_path / "v", split="val")
     assert summary.images == 1 and Index.open(tmp_path / "v").objects(0).labels.tolist() == [1]
+
+
+@pytest.fixture
+def splits(tmp_path):
+    """A folder of pictures of the splits train and val, to which a test adds data.yaml."""
+    write(tmp_path / "y", "a", "0 0.5 0.5 1 1", middle="train")
+    write(tmp_path / "y", "b", "0 0.5 0.5 1 1", middle="val")
+    return tmp_path / "y"
+
+
+COCO8 = """# Ultralytics AGPL-3.0 License
+path: coco8 # dataset root dir
+train: images/train # train images (relative to 'path') 4 images
+val: images/val # val images (relative to 'path') 4 images
+{test}
+
+# Classes
+names:
+  0: person
+  1: bicycle
+
+# Download script/URL (optional)
+download: https://github.com/ultralytics/assets/releases/download/v0.0.0/coco8.zip
+"""
+
+
+@pytest.mark.parametrize(
+    "test", ["test: # test images (optional)", "test:", "test: null", "test: ~", "test: ''", 'test: ""', "test: []", ""]
+)
+def test_an_optional_split_without_a_value(splits, tmp_path, test):
+    (splits / "data.yaml").write_text(COCO8.format(test=test))
+    summary = import_data(splits, tmp_path / "i")
+    assert [(part.split, part.images) for part in summary.splits] == [("train", 1), ("val", 1)] and not summary.issues
+    with pytest.raises(DataError, match=r"no split 'test'. Known: 'train', 'val'"):
+        import_data(splits, tmp_path / "j", split="test")
+
+
+@pytest.mark.parametrize("test", ["test: ../test/images", "test: [images/val, images/test]", "test: test-dev2017.txt"])
+def test_an_optional_split_without_pictures(splits, tmp_path, test):
+    (splits / "data.yaml").write_text(COCO8.format(test=test))
+    summary = import_data(splits, tmp_path / "i")
+    assert [part.split for part in summary.splits] == ["train", "val"]
+    for part in summary.splits:
+        (issue,) = Index.open(part.path).issues()
+        assert issue.what == "split has no pictures" and issue.action == "left out"
+        assert issue.detail.startswith("test: ") and issue.detail.endswith(" does not exist")
+    with pytest.raises(DataError, match=r"test.* of pictures does not exist. Correct the path"):
+        import_data(splits, tmp_path / "j", split="test")
+
+
+@pytest.mark.parametrize("text", ["train: images/no\nval: images/val\nnames: [a]", "test: images/no\nnames: [a]"])
+def test_a_split_without_pictures_is_refused_where_it_is_needed(splits, tmp_path, text):
+    (splits / "data.yaml").write_text(text)
+    with pytest.raises(DataError, match=r"images/no' of pictures does not exist"):
+        import_data(splits, tmp_path / "i")
+
+
+def test_all_splits_of_a_description(splits, tmp_path):
+    write(splits, "c", None, middle="test")
+    (splits / "data.yaml").write_text("train:\n  - images/train\n  - images/val\ntest: images/test\nnames: [a]\n")
+    assert [(found.split, found.by_name_only) for found in detect(splits)] == [("train", False), ("test", False)]
+    assert [part.images for part in import_data(splits, tmp_path / "i").splits] == [2, 1]
+
+
+@pytest.mark.parametrize("text", ["names: [a\n", "train: images/train\n", "names:\n  1: a\n"])
+def test_a_description_that_is_none_is_named_with_a_remedy(splits, text):
+    (splits / "data.yaml").write_text(text)
+    with pytest.raises(DataError, match=r"data\.yaml: .*--format"):
+        detect(splits)
+
+
+def test_lists_of_pictures(splits, tmp_path):
+    (splits / "train.txt").write_text("images/train/a.png\n\n./images/val/b.png\n")
+    (splits / "val.txt").write_text(f"{splits / 'images' / 'val' / 'b.png'}\n")
+    (splits / "data.yaml").write_text("train: train.txt\nval: val.txt\nnames: [cat]\n")
+    summary = import_data(splits, tmp_path / "i")
+    assert [(part.split, part.images, part.boxes) for part in summary.splits] == [("train", 2, 2), ("val", 1, 1)]
+    assert list(Index.open(tmp_path / "i" / "train").names) == ["images/train/a.png", "images/val/b.png"]
+
+
+def test_class_names_are_numbered_by_line(folder):
+    names = folder / "classes.txt"
+    names.write_text("cat\n dog \n\n  \n")
+    assert describe(folder).names == {0: "cat", 1: "dog"}
+    for text, line in (("cat\n\ndog\n", 2), ("\ncat\ndog", 1)):
+        names.write_text(text)
+        with pytest.raises(DataError, match=rf"classes\.txt: line {line} is blank, so the class number {line - 1} "):
+            describe(folder)
+    names.write_bytes(b"caf\xe9\n")
+    with pytest.raises(DataError, match="UTF-8"):
+        describe(folder)
 
 
 def test_a_class_number_without_a_name_is_refused(folder, tmp_path):
