@@ -15,7 +15,7 @@ import torch
 
 from gesso import files
 from gesso.distributed import choose_device
-from gesso.errors import RunError
+from gesso.errors import Interrupted, RunError
 from gesso.recipes import demo
 from gesso.run.config import RunConfig
 from gesso.run.data import Progress, open_data
@@ -144,6 +144,10 @@ def _train_all(
         except BaseException:  # a second Ctrl-C: the arms save and end too
             stop.set()
             raise
+    failures = [error for future in futures.values() if (error := future.exception()) is not None]
+    # An arm that failed made the others stop: theirs is no reason.
+    for error in sorted(failures, key=lambda error: isinstance(error, Interrupted)):
+        raise error
     return {name: future.result() for name, future in futures.items()}
 
 

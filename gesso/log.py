@@ -31,7 +31,15 @@ def to_stderr(level: int = logging.INFO) -> logging.Handler:
 
 def to_file(path: Path) -> logging.Handler:
     """Appends the log to a file. Returns the handler, for ``detach``."""
-    return _attach(logging.FileHandler(path, encoding="utf-8"), logging.INFO)
+    return _attach(_FileHandler(path, encoding="utf-8"), logging.INFO)
+
+
+class _FileHandler(logging.FileHandler):
+    """A full disk costs the copy of a line, which stands on standard error, and prints no traceback there."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 def detach(handler: logging.Handler) -> None:

@@ -4,9 +4,10 @@ import time
 import pytest
 
 from gesso import comparison
-from gesso.errors import Interrupted, RunError
+from gesso.errors import Interrupted, RunError, TrainingError
 from gesso.recipes.debug import tiny
 from gesso.run.folder import RunFolder
+from gesso.training.optimizer import SGD
 
 
 def arms(steps=4):
@@ -53,6 +54,17 @@ def test_a_stopped_comparison_goes_on(tmp_path):
         )
     assert not (tmp_path / "c" / "report.html").exists()
     assert any((tmp_path / "c" / name / "checkpoints").exists() for name in ("one", "two"))
+    results = comparison.compare(arms(steps=60), tmp_path / "c", title="T", task="Task.", resume=True)
+    assert results["one"]["images"] == 60 * 8 and (tmp_path / "c" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_the_arm_that_failed_is_named_and_not_the_one_that_was_stopped(tmp_path):
+    good, bad = arms(steps=400)
+    training = dataclasses.replace(bad.config.training, optimizer=SGD(rate=1e12), clip_norm=None)
+    bad = dataclasses.replace(bad, config=dataclasses.replace(bad.config, pretraining=None, training=training))
+    with pytest.raises(TrainingError, match="not finite"):
+        comparison.compare((good, bad), tmp_path / "c", title="T", task="Task.")
 
 
 def test_difference_leaves_out_what_does_not_exist():

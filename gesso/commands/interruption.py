@@ -1,7 +1,6 @@
 """Ctrl-C and SIGTERM: the first asks a run to stop after its step and save; the second stops at once."""
 
 import contextlib
-import itertools
 import shlex
 import signal
 import sys
@@ -9,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+from gesso.commands.parsing import option_value
 from gesso.log import get_logger
 
 log = get_logger(__name__)
@@ -52,7 +52,7 @@ def command_line(*words: str) -> str:
 
 def again(words: Sequence[str]) -> str:
     """What to do after a command with these words was cut short: go on with its run, or call it once more."""
-    out = next((word for option, word in itertools.pairwise(words) if option == "--out"), "runs/demo")
+    out = option_value(words, "--out") or "runs/demo"
     begun = {"train": Path(out, "config.json"), "demo": Path(out)}.get(words[0] if words else "")
     if begun is not None and begun.exists() and "--resume" not in words:
         return f"Go on from the last checkpoint with: {command_line(*words, '--resume')}"

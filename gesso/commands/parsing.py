@@ -7,6 +7,7 @@ help. Only ``cli.py`` prints.
 import contextlib
 import dataclasses
 import io
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +54,13 @@ def parse(kind: type[T], words: Sequence[str], name: str, *, default: T | None =
     if unknown:
         raise _unknown(unknown[0], kind, name, known)
     return value  # type: ignore[no-any-return]
+
+
+def option_value(words: Sequence[str], option: str) -> str | None:
+    """The value behind ``option`` in words that are not parsed yet: ``--out RUN`` or ``--out=RUN``; the last counts."""
+    found = [value for word, value in itertools.pairwise(words) if word == option]
+    found += [word.removeprefix(f"{option}=") for word in words if word.startswith(f"{option}=")]
+    return found[-1] if found else None
 
 
 def _unknown(word: str, kind: type[Any], name: str, known: Sequence[str]) -> ConfigError:

@@ -12,7 +12,7 @@ from tyro.conf import Positional
 from gesso import files
 from gesso.commands.interruption import command_line, graceful_stop
 from gesso.commands.observing import ProgressObserver, run_stages
-from gesso.commands.parsing import Result, parse, scores_text
+from gesso.commands.parsing import Result, option_value, parse, scores_text
 from gesso.commands.recipes import option_names, recipe_name
 from gesso.data.decode import read_picture
 from gesso.data.index import Index
@@ -75,9 +75,10 @@ def train_(words: list[str]) -> Result:
 
 def _stored(words: list[str], name: str) -> RunConfig | None:
     """The configuration of the run that ``--resume`` names, so that it goes on as it was started."""
-    if "--resume" not in words or "--out" not in words[:-1]:
+    out = option_value(words, "--out")
+    if "--resume" not in words or out is None:
         return None
-    folder = RunFolder.open(Path(words[words.index("--out") + 1]))
+    folder = RunFolder.open(Path(out))
     stored = folder.read_config()
     if stored.get("recipe") != name:
         raise ConfigError(

@@ -74,8 +74,7 @@ def _read_with_pillow(data: bytes, path: Path) -> Pixels:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:
                 _refuse_huge(*image.size, path)
-                turn = None if isinstance(image, TiffImageFile) else _TURNS.get(exif_orientation(image))
-                return _to_rgb(image if turn is None else image.transpose(turn))  # Pillow turns a TIFF by itself
+                return upright_rgb(image)
     except Image.DecompressionBombError as error:
         what = f"the picture is too large (more than {MAX_PIXELS / 1e6:.0f} megapixels)"
         raise DataError(what, where=path, remedy="Make it smaller.") from error
@@ -83,6 +82,12 @@ def _read_with_pillow(data: bytes, path: Path) -> Pixels:
         raise DataError("this is no picture of a known format", where=path) from error
     except _UNFINISHED as error:
         raise DataError(f"the picture is broken: {error}", where=path, remedy="Get the file again.") from error
+
+
+def upright_rgb(image: Image.Image) -> Pixels:
+    """uint8 (H, W, 3) RGB of a picture of Pillow's, turned as its EXIF says; converted as in ``read_picture``."""
+    turn = None if isinstance(image, TiffImageFile) else _TURNS.get(exif_orientation(image))  # Pillow turns a TIFF
+    return _to_rgb(image if turn is None else image.transpose(turn))
 
 
 def _to_rgb(image: Image.Image) -> Pixels:

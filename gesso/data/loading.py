@@ -129,7 +129,7 @@ class TrainingBatches(Iterator[tuple[ImageBatch, Targets]]):
         if not built.images or broken > MAX_SHARE * samples + ALLOWANCE:
             last = built.broken[-1].error
             raise TrainingError(
-                f"{broken} of the last {samples} pictures could not be read, the last one: {last.what}",
+                f"{broken} pictures could not be read in drawing the last {samples}; the last one: {last.what}",
                 where=last.where,
                 remedy="Mend or remove the broken files (gesso data check lists them) and go on with --resume.",
             )

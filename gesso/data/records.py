@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from gesso.label_space import LabelSpace
 
 CROWD, IGNORE, DIFFICULT, GROUP_OF, OCCLUDED, TRUNCATED, DEPICTION, INSIDE = (1 << bit for bit in range(8))
+IGNORED = CROWD | IGNORE | DIFFICULT
+"""An object with one of these is neither learnt nor missed."""
 FLAGS: Mapping[str, int] = {
     "crowd": CROWD,
     "ignore": IGNORE,

@@ -18,7 +18,7 @@ from torch import Tensor
 from gesso.data.decode import Pixels, colour, draw, read_picture
 from gesso.data.index import Index
 from gesso.data.mask_grid import rasterise
-from gesso.data.records import CROWD, DIFFICULT, IGNORE
+from gesso.data.records import IGNORED
 from gesso.data.sampling import BatchPlan
 from gesso.data.transforms import (
     InputConfig,
@@ -34,7 +34,6 @@ from gesso.random_key import fold, stream
 from gesso.structures import ImageBatch, Targets
 
 SURPLUS = stream("samples.surplus")
-IGNORED = CROWD | IGNORE | DIFFICULT
 
 Tensors = dict[str, Tensor]
 

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from gesso.data.index import Index
-from gesso.data.records import CROWD, DIFFICULT, IGNORE, Array
+from gesso.data.records import IGNORED, Array
 from gesso.errors import DataError
 from gesso.evaluation.masks import check, to_coco
 
@@ -190,7 +190,7 @@ def read_coco(path: str | Path, *, masks: bool = False) -> GroundTruth:
     )
 
 
-def from_index(index: Index, *, masks: bool = False, ignored: int = CROWD | IGNORE | DIFFICULT) -> GroundTruth:
+def from_index(index: Index, *, masks: bool = False, ignored: int = IGNORED) -> GroundTruth:
     """The ground truth of an index. Its boxes and areas are float32 and were repaired at import.
 
     Args:

@@ -23,7 +23,7 @@ from PIL import Image
 from gesso.files import write_text
 
 Cell: TypeAlias = str | int | float | None
-MarkKind: TypeAlias = Literal["truth", "right", "wrong", "missed"]
+MarkKind: TypeAlias = Literal["truth", "right", "wrong", "missed", "ignored"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +200,10 @@ def _place(mark: Mark, width: int, height: int) -> dict[str, float]:
     }
 
 
+def _shows_ignored(gallery: Gallery) -> bool:
+    return any(m.kind == "ignored" for exhibit in gallery.exhibits for marks in exhibit.marks for m in marks)
+
+
 def _kind(section: Section) -> str:
     return type(section).__name__.lower()
 
@@ -217,6 +221,7 @@ def _environment() -> Environment:
         data_uri=_data_uri,
         mark_text=_mark_text,
         kind=_kind,
+        shows_ignored=_shows_ignored,
         svg=Markup,  # plots.py escapes its words
     )
     environment.tests["numeric"] = _is_numeric

@@ -108,10 +108,13 @@ class RunFolder:
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds one row to metrics.jsonl. A full disk is an InputError; the rows before stay as they are."""
         line = json.dumps(row) + "\n"
+        before = self.metrics.stat().st_size if self.metrics.exists() else 0
         try:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
+            with contextlib.suppress(OSError):  # a torn line would swallow the next one
+                os.truncate(self.metrics, before)
             raise InputError(
                 f"cannot be written: {error.strerror}", where=self.metrics, remedy="Free some space."
             ) from error
@@ -139,6 +142,10 @@ class RunFolder:
             if isinstance(row, dict):
                 found.append(row)
         return found
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows of evaluations: those with scores."""
+        return [row for row in self.rows() if "AP" in row]
 
     def rewind(self, step: int) -> None:
         """Takes the folder back to the instant of a checkpoint: later rows go, later detections become ``.stale``."""

@@ -1,5 +1,6 @@
 """Pictures for a report: the ground truth, and beside it what each detector found, right or wrong."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,8 +8,10 @@ import numpy.typing as npt
 import torch
 
 from gesso import boxes
-from gesso.data.decode import read_picture
-from gesso.data.index import Index
+from gesso.data.index import Index, Objects
+from gesso.data.records import IGNORED
+from gesso.data.samples import read_indexed
+from gesso.errors import DataError
 from gesso.evaluation.detections import DetectionTable
 from gesso.random_key import fold, stream
 from gesso.reports.html import Exhibit, Mark, MarkKind
@@ -33,47 +36,57 @@ def exhibits(
         Exhibits whose first marks are the ground truth; then one tuple of marks for each table.
     """
     order = np.argsort(fold(np.int64(seed), PICK, np.arange(len(index))), kind="stable")
-    rows = [row for row in order.tolist() if len(index.objects(row).labels)][:count]
-    return [_exhibit(index, row, found, min_score) for row in rows]
+    rows = (row for row in order.tolist() if len(index.objects(row).labels))
+    shown = (exhibit for row in rows if (exhibit := _exhibit(index, row, found, min_score)) is not None)
+    return list(itertools.islice(shown, count))
 
 
-def _exhibit(index: Index, row: int, found: Sequence[DetectionTable], min_score: float) -> Exhibit:
+def _exhibit(index: Index, row: int, found: Sequence[DetectionTable], min_score: float) -> Exhibit | None:
+    """One picture; None where it cannot be read any more, which the evaluation has said already."""
+    try:
+        pixels = read_indexed(index, row)
+    except DataError:
+        return None
     names = index.label_space.names
     objects = index.objects(row)
+    ignored = (objects.flags & IGNORED) != 0
     truth = tuple(
-        Mark(xyxy=_corners(box), label=names[label], kind="truth")
-        for box, label in zip(objects.xyxy, objects.labels.tolist(), strict=True)
+        Mark(xyxy=_corners(box), label=names[label], kind="ignored" if is_ignored else "truth")
+        for box, label, is_ignored in zip(objects.xyxy, objects.labels.tolist(), ignored.tolist(), strict=True)
     )
     columns = [truth]
     for table in found:
         here = table.of_image(int(index.image_ids[row]))
         here = here.take(here.score >= min_score)
-        columns.append(_marks(here, objects.xyxy, objects.labels, names))
-    return Exhibit(pixels=read_picture(index.image_path(row)), caption=index.name(row), marks=tuple(columns))
+        columns.append(_marks(here, objects, ignored, names))
+    return Exhibit(pixels=pixels, caption=index.name(row), marks=tuple(columns))
 
 
 def _marks(
-    found: DetectionTable, truth: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], names: Sequence[str]
+    found: DetectionTable, objects: Objects, ignored: npt.NDArray[np.bool_], names: Sequence[str]
 ) -> tuple[Mark, ...]:
-    """Greedy by falling score: a detection is right where it takes a free object of its class with IoU >= 0.5."""
-    overlap = boxes.iou(
-        torch.tensor(found.xyxy, dtype=torch.float64), torch.tensor(np.array(truth), dtype=torch.float64)
-    )
-    free = np.ones(len(truth), bool)
+    """Greedy by falling score: a detection is right where it takes a free object of its class with IoU >= 0.5.
+
+    Objects to ignore (crowd, ignore, difficult) are never missed, and what lies in one by half is not judged.
+    """
+    detected = torch.tensor(found.xyxy, dtype=torch.float64)
+    truth = torch.tensor(np.array(objects.xyxy), dtype=torch.float64)
+    overlap = boxes.iou(detected, truth).numpy()
+    inside = (boxes.ioa(detected, truth).numpy() * ignored).max(axis=1, initial=0.0) >= MIN_IOU
+    labels, free = np.asarray(objects.labels), ~ignored
     marks: list[Mark] = []
     for i in np.argsort(-found.score, kind="stable").tolist():
-        fits = np.where(free & (np.asarray(labels) == found.label[i]), overlap[i].numpy(), 0.0)
+        fits = np.where(free & (labels == found.label[i]), overlap[i], 0.0)
         best = int(fits.argmax()) if len(fits) else -1
-        right = best >= 0 and fits[best] >= MIN_IOU
-        if right:
-            free[best] = False
-        kind: MarkKind = "right" if right else "wrong"
+        kind: MarkKind = "ignored" if inside[i] else "wrong"
+        if best >= 0 and fits[best] >= MIN_IOU:
+            kind, free[best] = "right", False
         marks.append(
             Mark(xyxy=_corners(found.xyxy[i]), label=names[found.label[i]], score=float(found.score[i]), kind=kind)
         )
     missed = [
         Mark(xyxy=_corners(box), label=names[label], kind="missed")
-        for box, label, is_free in zip(truth, labels.tolist(), free.tolist(), strict=True)
+        for box, label, is_free in zip(objects.xyxy, labels.tolist(), free.tolist(), strict=True)
         if is_free
     ]
     return (*marks, *missed)

@@ -7,14 +7,16 @@ import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import nn
 
 from gesso import distributed
+from gesso.data.decode import upright_rgb
 from gesso.data.index import Index
 from gesso.data.loading import inference_batches, picture_batches
 from gesso.data.transforms import InputConfig
@@ -32,7 +34,7 @@ from gesso.training import checkpoint as checkpoints
 PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"))
 _MAGIC = frozenset("*?[")
 
-Picture = str | Path | npt.NDArray[np.uint8]
+Picture: TypeAlias = str | Path | np.ndarray[Any, np.dtype[np.uint8]] | Image.Image
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +61,8 @@ class Predictions:
     def of_classes(self, names: Collection[str]) -> "Predictions":
         """Those of some classes, by name."""
         keep = np.array([name in names for name in self.names], dtype=bool)
-        return Predictions(
+        return dataclasses.replace(
+            self,
             xyxy=self.xyxy[keep],
             confidence=self.confidence[keep],
             class_id=self.class_id[keep],
@@ -107,7 +110,7 @@ class TrainedDetector:
         """Detects in pictures of any size.
 
         Args:
-            pictures: paths, or uint8 (H, W, 3) RGB arrays.
+            pictures: paths, uint8 (H, W, 3) RGB arrays, or Pillow's pictures.
             min_score: detections below it are left out.
             strict: raise where a picture cannot be read; otherwise its entry is empty and has an ``error``.
             progress: called after each batch with the number of its pictures.
@@ -117,8 +120,11 @@ class TrainedDetector:
 
         Raises:
             DataError: a picture cannot be read, and ``strict`` is on.
+            InputError: ``pictures`` is no list, or holds something else.
         """
-        given = [Path(p) if isinstance(p, str) else p for p in pictures]
+        if isinstance(pictures, str | Path | np.ndarray | Image.Image):
+            raise InputError("one picture was given instead of a list", remedy="Write predict([picture]).")
+        given = [_as_read(p, place) for place, p in enumerate(pictures)]
         batches = picture_batches(given, self.input, batch_size=self.batch_size)
         found = predict(self.detector, batches, device=self.device, progress=progress)
         if batches.broken and strict:
@@ -172,6 +178,17 @@ class TrainedDetector:
         return score_coco(index, mapped), mapped
 
 
+def _as_read(picture: object, place: int) -> Path | npt.NDArray[np.uint8]:
+    if isinstance(picture, str | Path):
+        return Path(picture)
+    if isinstance(picture, Image.Image):
+        return upright_rgb(picture)
+    if isinstance(picture, np.ndarray):
+        return picture
+    what = f"picture {place} is of the type {type(picture).__name__}"
+    raise InputError(what, remedy="Give a path, a uint8 (H, W, 3) RGB array, or a picture of Pillow's.")
+
+
 def find_pictures(words: Sequence[str | Path]) -> list[Path]:
     """The picture files that the words name: files, folders (all pictures below them), and globs; each once, in order.
 
@@ -214,7 +231,6 @@ def load_run(path: Path, *, device: str = "auto") -> TrainedDetector:
         if name == found.state.stage:
             break
     detector.load_state_dict(found.weights())
-    detector.to(memory_format=torch.channels_last if stage.channels_last else torch.contiguous_format)
     place = distributed.choose_device(device)
     return TrainedDetector(
         detector=detector.to(place).eval(),

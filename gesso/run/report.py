@@ -24,7 +24,7 @@ SHOWN_SCORE = 0.4
 def write_run_report(folder: RunFolder, val: Index | None) -> Path:
     """Writes the report of a finished run into its folder: scores, curves, pictures and settings."""
     rows = folder.rows()
-    evaluations = [row for row in rows if "AP" in row]
+    evaluations = folder.evaluations()
     losses = [row for row in rows if "loss" in row]
     sections: list[Section] = []
     if evaluations:
@@ -48,7 +48,7 @@ def write_run_report(folder: RunFolder, val: Index | None) -> Path:
         )
     last = losses[-1] if losses else {"seconds": 0.0, "images": 0}
     summary = f"Trained for {last['seconds']:.0f} seconds on {last['images']:,} images"
-    summary += f"; AP {evaluations[-1]['AP']:.3f}." if evaluations else ". Nothing was evaluated."
+    summary += _verdict(evaluations)
     stored = folder.read_config()
     report = Report(
         title=f"{stored.get('recipe') or 'Run'} in {folder.path.name}",
@@ -94,7 +94,7 @@ def write_comparison(
 
 def last_detections(folder: RunFolder, val: Index) -> DetectionTable:
     """The detections of the run's last evaluation, in the label space of the validation data."""
-    step = [row["step"] for row in folder.rows() if "AP" in row][-1]
+    step = folder.evaluations()[-1]["step"]
     return read_detections(folder.detections / f"{step:08d}" / "detections.parquet", val.label_space.ids)
 
 
@@ -107,7 +107,7 @@ def footer(environment: Mapping[str, Any]) -> str:
 def _arm(name: str, phrase: str, folder: RunFolder) -> Arm:
     rows = folder.rows()
     losses = [row for row in rows if "loss" in row]
-    evaluations = [row for row in rows if "AP" in row]
+    evaluations = folder.evaluations()
     first = [row["seconds"] for row in losses if row["stage"] == "pretraining"]
     return Arm(
         name=name,
@@ -127,6 +127,7 @@ def _curves(losses: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[s
         line = Series(name="loss", x=[row["step"] for row in losses], y=[row["loss"] for row in losses])
         svg = line_plot([line], x_label="step", y_label="loss", smoothing=0.03)
         plots.append(Plot(svg=svg, caption="Training loss", alt=f"The loss falls to {losses[-1]['loss']:.2f}."))
+    evaluations = [row for row in evaluations if _known(row["AP"]) is not None]
     if len(evaluations) > 1:
         line = Series(name="AP", x=[row["step"] for row in evaluations], y=[row["AP"] for row in evaluations])
         svg = line_plot([line], x_label="step", y_label="AP", y_zero=True, dots=True)
@@ -136,6 +137,13 @@ def _curves(losses: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[s
 
 def _settings(folder: RunFolder) -> dict[str, Any]:
     return {key: value for key, value in flatten(read_run_config(folder)).items() if not key.endswith("type")}
+
+
+def _verdict(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    if not evaluations:
+        return ". Nothing was evaluated."
+    ap = _known(evaluations[-1]["AP"])
+    return "; the validation data has no object to measure on." if ap is None else f"; AP {ap:.3f}."
 
 
 def _known(value: float) -> float | None:

@@ -1,8 +1,8 @@
 """One process's work on a run: stage after stage, from the newest checkpoint to the end."""
 
 import importlib
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from gesso.data.loading import training_batches
 from gesso.errors import InputError, Interrupted, RunError
 from gesso.evaluation.coco import KEYS
 from gesso.evaluation.detection_files import write_detections
-from gesso.models.norm import apply_norm_policy
+from gesso.models.norm import NormPolicy, apply_norm_policy
 from gesso.random_key import fold, stream
 from gesso.run.config import RunConfig
 from gesso.run.data import open_data
@@ -115,8 +115,8 @@ class Session:
                 detector.load_state_dict(stage.ema.average)
             self.base += stage_config.steps
         write_run_report(self.folder, self.val_index)
-        last = next((row for row in reversed(self.folder.rows()) if "AP" in row), None)
-        scores = None if last is None else {key: last[key] for key in (*KEYS, "by_class")}
+        evaluations = self.folder.evaluations()
+        scores = {key: evaluations[-1][key] for key in (*KEYS, "by_class")} if evaluations else None
         images = sum(stage.steps * stage.batch_size for _, stage in stages)
         return RunResult(path=self.folder.path, scores=scores, seconds=seconds, images=images)
 
@@ -155,8 +155,6 @@ class Session:
         """A stage at its beginning, or where the checkpoint left it."""
         apply_norm_policy(detector, config.norm, world_size=distributed.world_size())
         detector.to(torch.float64 if config.precision == "float64" else torch.float32)
-        if config.channels_last:
-            detector.to(memory_format=torch.channels_last)
         if newest is not None:
             newest.load_model(detector)
         ema = None if config.ema_decay is None else EMA(detector, config.ema_decay)
@@ -220,7 +218,8 @@ class Session:
     def _row(self, name: str, step: int, row: Row) -> None:
         before = sum(s.steps * s.batch_size for _, s in self.config.stages()[: self._number(name)])
         row = {"step": step, "stage": name, **row, "images": before + row["images"]}
-        self.folder.append(row)
+        with self._full_disk_is_survived(step):
+            self.folder.append(row)
         self.observer.row(row)
         if self.tensorboard is not None:
             self.tensorboard.add_row(step, row, group="train")
@@ -249,14 +248,26 @@ class Session:
         with stage.ema.swapped_in(stage.module) if stage.ema is not None else nullcontext():
             scores, found = ready.evaluate(index, workers=self.config.data.workers, progress=progress)
         step = self.base + stage.step
-        write_detections(found, self.folder.detections / f"{step:08d}" / "detections.parquet", index.label_space.ids)
+        target = self.folder.detections / f"{step:08d}" / "detections.parquet"
         row = {"step": step, "stage": name, "seconds": stage.seconds, **scores}
-        self.folder.append(row)
+        with self._full_disk_is_survived(step, unless=final and stage.step == stage.config.steps):
+            write_detections(found, target, index.label_space.ids)
+            self.folder.append(row)
         self.observer.row(row)
         if self.tensorboard is not None:
             self.tensorboard.add_row(step, row, group="val")
         if self.best is None or scores["AP"] > self.best[0]:
             self.best = (scores["AP"], step)
+
+    @contextmanager
+    def _full_disk_is_survived(self, step: int, *, unless: bool = False) -> Iterator[None]:
+        """What cannot be written costs itself and not the run, but for the last evaluation, which is the result."""
+        try:
+            yield
+        except InputError as error:
+            if unless:
+                raise
+            logger.error("step %d: %s", step, error)
 
     def _save(self, name: str, stage: Stage) -> None:
         state = CheckpointState(
@@ -300,8 +311,11 @@ def _start_from(detector: nn.Module, init: Path) -> None:
         raise RunError(
             "there is no whole checkpoint to start from", where=init, remedy="Name a run or a checkpoint folder."
         )
+    weights = found.weights()
+    if not any(name.endswith("running_mean") for name in weights):
+        apply_norm_policy(detector, NormPolicy(kind="group_norm"))  # as the run did; other norms are left alone
     try:
-        detector.load_state_dict(found.weights())
+        detector.load_state_dict(weights)
     except RuntimeError as error:
         what = " ".join(str(error).split())[:200]
         raise RunError(

@@ -11,7 +11,7 @@ import torch
 import gesso
 from gesso import config as configs
 from gesso import distributed, log
-from gesso.errors import ConfigError, InputError, RunError
+from gesso.errors import ConfigError
 from gesso.run.config import RunConfig, check_same, with_absolute_paths
 from gesso.run.data import check_data
 from gesso.run.folder import RunFolder
@@ -71,7 +71,7 @@ def train(
                 _warn_of_changes(folder)
             with contextlib.closing(Session(config, folder, observer, how_to_resume)) as session:
                 return session.run(init)
-        except (ConfigError, InputError, RunError):
+        except Exception:
             if not resume and not folder.began():
                 shutil.rmtree(folder.path, ignore_errors=True)
             raise

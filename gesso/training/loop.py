@@ -26,6 +26,8 @@ from gesso.training.optimizer import SGD, AdamW, set_rate
 from gesso.training.schedule import ScheduleConfig, rate_factor
 
 EARLY = (1, 2, 5, 10)
+MOST_GRAPHS = 64
+"""Two stages of five padded shapes at five short sides each are 50; torch's own limit is 8."""
 
 Row = dict[str, Any]
 Batches = Iterator[tuple[ImageBatch, Targets]]
@@ -55,8 +57,6 @@ class TrainingConfig:
     """Keep an exponential moving average of the weights, and evaluate it; None = none."""
     compile: bool | None = None
     """Compile the step as one graph; None = on a GPU, not on a CPU."""
-    channels_last: bool = True
-    """Keep pictures and weights in channels_last layout."""
     log_every: int = 20
     """Steps between rows of metrics.jsonl (steps 1, 2, 5 and 10 are always logged)."""
     checkpoint_every: int = 1000
@@ -302,4 +302,7 @@ def _compiled(stage: Stage) -> Callable[..., dict[str, Tensor]]:
     wanted = stage.config.compile
     if wanted is None:
         wanted = stage.device.type == "cuda"
-    return torch.compile(stage.module, fullgraph=True, dynamic=False) if wanted else stage.module
+    if not wanted:
+        return stage.module
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    return torch.compile(stage.module, fullgraph=True, dynamic=False)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gesso.data.transforms import Direct, InputConfig
 from gesso.recipes.debug import tiny
 from gesso.run.config import RunConfig
 from gesso.run.session import Observer
@@ -46,7 +47,13 @@ def two_stages(data: Data) -> RunConfig:
     """Pre-training with averages and AdamW, then training: everything that a checkpoint must carry."""
     config = tiny_run(data, steps=3, batch_size=4, checkpoint_every=2, evaluate_every=2)
     first = dataclasses.replace(
-        config.training, steps=3, ema_decay=0.9, optimizer=AdamW(rate=1e-3), evaluate_every=10, checkpoint_every=2
+        config.training,
+        steps=3,
+        input=InputConfig(resize=Direct(side=32)),
+        ema_decay=0.9,
+        optimizer=AdamW(rate=1e-3),
+        evaluate_every=10,
+        checkpoint_every=2,
     )
     return dataclasses.replace(config, pretraining=first)
 

@@ -1,10 +1,14 @@
+import errno
+import io
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from gesso.errors import DataError, RunError
+from gesso.errors import DataError, InputError, RunError
 from gesso.label_space import LabelSpace
 from gesso.run.folder import RunFolder
 
@@ -82,3 +86,23 @@ def test_categories_of_a_run_are_fixed(tmp_path):
     with pytest.raises(DataError, match="another order"):
         folder.keep_label_space(LabelSpace.from_names(["b", "a"]))
     assert folder.read_label_space() == SPACE
+
+
+def test_a_row_that_cannot_be_written_leaves_no_torn_line(tmp_path, monkeypatch):
+    folder = RunFolder.create(tmp_path / "r", {"config": {}})
+    folder.append({"step": 1})
+
+    torn = os.open(folder.metrics, os.O_WRONLY | os.O_APPEND)
+
+    class Full(io.StringIO):
+        def write(self, text):
+            os.write(torn, text[:5].encode())
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda *given, **more: Full())
+        with pytest.raises(InputError, match="No space left"):
+            folder.append({"step": 2})
+    os.close(torn)
+    folder.append({"step": 3})
+    assert folder.rows() == [{"step": 1}, {"step": 3}]

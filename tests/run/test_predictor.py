@@ -6,13 +6,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from gesso.data.decode import read_picture
 from gesso.data.index import Index
 from gesso.errors import DataError, InputError, RunError
 from gesso.evaluation.detection_files import read_detections
-from gesso.run.predictor import find_pictures, load_run
+from gesso.run.predictor import TrainedDetector, find_pictures, load_run
 from gesso.run.train import train
 from tests.run.helpers import differences, rows, tensors, tiny_run, two_stages
 
@@ -100,15 +101,52 @@ def test_a_picture_that_cannot_be_read_is_named(straight, tmp_path):
         load_run(straight).predict([tmp_path / "text.jpg"])
 
 
-def test_a_run_of_two_stages_is_loaded_with_the_best_ones_input(data, tmp_path):
+@pytest.mark.parametrize("best", [2, 5])
+def test_a_run_of_two_stages_is_loaded_with_the_best_ones_input(data, tmp_path, monkeypatch, best):
+    """Every evaluation, too, is at the resolution of its stage."""
     config = two_stages(data)
-    first = dataclasses.replace(config.pretraining, evaluate_every=1)
-    train(dataclasses.replace(config, pretraining=first), tmp_path / "r")
-    state = json.loads((tmp_path / "r" / "checkpoints" / "best.json").read_text())
-    stages = {row["step"]: row["stage"] for row in rows(tmp_path / "r") if "AP" in row}
-    detector = load_run(tmp_path / "r")
-    stage = dict(config.stages())[stages[state["step"]]]
-    assert detector.input == stage.input and list(stages) == [1, 2, 3, 5, 6]
+    config = dataclasses.replace(config, pretraining=dataclasses.replace(config.pretraining, evaluate_every=1))
+    inputs, steps = [], iter([1, 2, 3, 5, 6])
+
+    def scored(detector, index, **more):
+        inputs.append(detector.input)
+        scores, found = evaluate(detector, index, **more)
+        return scores | {"AP": 0.9 if next(steps) == best else 0.5}, found
+
+    evaluate = TrainedDetector.evaluate
+    monkeypatch.setattr(TrainedDetector, "evaluate", scored)
+    train(config, tmp_path / "r")
+    assert json.loads((tmp_path / "r" / "checkpoints" / "best.json").read_text()) == {"step": best, "AP": 0.9}
+    first, second = (stage.input for _, stage in config.stages())
+    assert first != second and inputs == [first] * 3 + [second] * 2
+    assert load_run(tmp_path / "r").input == (first if best == 2 else second)
+
+
+def test_what_is_no_list_of_pictures_is_refused(straight):
+    detector = load_run(straight)
+    pixels = np.zeros((40, 50, 3), np.uint8)
+    for one in ("holiday.jpg", pixels, Image.fromarray(pixels)):
+        with pytest.raises(InputError, match="instead of a list"):
+            detector.predict(one)
+    with pytest.raises(InputError, match="picture 1 is of the type int"):
+        detector.predict([pixels, 7])
+
+
+def test_pictures_of_pillow_are_read_as_their_files(data, straight, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    index = Index.open(data.val)
+    Image.open(index.image_path(0)).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as picture:
+        one, two = load_run(straight).predict([tmp_path / "a.png", picture])
+    assert len(one) > 0
+    np.testing.assert_array_equal(one.xyxy, two.xyxy)
+
+
+def test_a_choice_of_classes_keeps_the_error(straight, tmp_path):
+    (tmp_path / "text.jpg").write_text("no picture")
+    (found,) = load_run(straight).predict([tmp_path / "text.jpg"], strict=False)
+    assert found.error is not None and found.of_classes(["one"]).error == found.error
 
 
 def test_what_is_no_run_is_refused(tmp_path, straight):

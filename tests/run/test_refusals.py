@@ -6,6 +6,7 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 
 from gesso.data.index import Index
 from gesso.data.index_writer import IndexWriter
@@ -89,9 +90,16 @@ def test_a_resume_with_another_option_names_it(data, straight, change, key):
         train(tiny_run(data, **SHORT | change), straight, resume=True)
 
 
-def test_a_resume_may_change_what_changes_no_result(data, straight):
+def test_a_resume_may_change_what_changes_no_result(data, straight, tmp_path):
+    with pytest.raises(Interrupted):
+        train(tiny_run(data, **SHORT), tmp_path / "r", observer=StopAfter(1))
     config = with_training(tiny_run(data, workers=1, **SHORT), log_every=3, checkpoint_every=1, keep_checkpoints=9)
-    train(dataclasses.replace(config, device="cpu"), straight, resume=True)
+    train(dataclasses.replace(config, device="cpu"), tmp_path / "r", resume=True)
+    one, two = tensors(straight), tensors(tmp_path / "r")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert {p.name for p in (tmp_path / "r" / "checkpoints").iterdir() if p.is_dir()} == {
+        f"{k:08d}" for k in range(1, 5)
+    }
 
 
 def test_data_without_a_box_is_refused_and_leaves_no_folder(data, tmp_path):
@@ -209,6 +217,25 @@ def test_weights_that_do_not_fit_are_refused(data, straight, tmp_path):
         train(wider, tmp_path / "r", init=straight)
     with pytest.raises(RunError, match="no whole checkpoint"):
         train(config, tmp_path / "r", init=data.val)
+    assert not (tmp_path / "r").exists()
+
+
+def test_weights_of_a_run_with_group_norm_are_started_from(data, tmp_path):
+    config = tiny_run(data, **SHORT | {"steps": 1, "norm": NormPolicy(kind="group_norm")})
+    train(config, tmp_path / "a")
+    train(config, tmp_path / "b", init=tmp_path / "a")
+    assert (
+        load_run(tmp_path / "b").detector.state_dict().keys() == load_run(tmp_path / "a").detector.state_dict().keys()
+    )
+
+
+def test_a_run_whose_pictures_are_gone_leaves_no_folder(data, tmp_path, monkeypatch):
+    def gone(path):
+        raise DataError("the picture cannot be read: No such file or directory", where=path)
+
+    monkeypatch.setattr("gesso.data.samples.read_picture", gone)
+    with pytest.raises(TrainingError, match="pictures could not be read in drawing the last 4"):
+        train(tiny_run(data, **SHORT), tmp_path / "r")
     assert not (tmp_path / "r").exists()
 
 

@@ -12,11 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from gesso.errors import Interrupted, RunError
+from gesso.errors import InputError, Interrupted, RunError
 from gesso.evaluation.coco import score_coco
+from gesso.run.folder import RunFolder
 from gesso.run.session import Observer
 from gesso.run.train import train
+from gesso.training.loop import run_stage
 from tests.run.helpers import BACKBONE, StopAfter, differences, newest, rows, tensors, tiny_run, two_stages
 
 SHORT = {"steps": 4, "batch_size": 4, "checkpoint_every": 2, "evaluate_every": 4}
@@ -142,6 +145,62 @@ def test_a_full_disk_is_survived_and_said(data, straight, tmp_path, monkeypatch)
     assert " E no checkpoint at step 2: " in (out / "log.txt").read_text()
     assert [path.name for path in (out / "checkpoints").iterdir() if path.is_dir()] == ["00000004"]
     assert differences(straight, out) == []
+
+
+def test_rows_and_detections_that_cannot_be_written_cost_themselves_alone(data, straight, tmp_path, monkeypatch):
+    """The disk is full while steps 2 and 3 are logged and the first evaluation is kept; then there is room again."""
+    out, append = tmp_path / "r", RunFolder.append
+
+    def full(folder, row):
+        if row["step"] in (2, 3) or ("AP" in row and row["step"] == 2):
+            raise InputError("cannot be written: No space left on device", where=folder.metrics)
+        append(folder, row)
+
+    monkeypatch.setattr(RunFolder, "append", full)
+    train(tiny_run(data, **SHORT | {"evaluate_every": 2}), out)
+    assert [(row["step"], "AP" in row) for row in rows(out)] == [(1, False), (4, False), (4, True)]
+    assert (out / "log.txt").read_text().count("No space left") == 3 and (out / "report.html").exists()
+    one, two = tensors(straight), tensors(out)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_last_evaluation_is_the_result_and_must_be_written(data, straight, tmp_path, monkeypatch):
+    config, out = tiny_run(data, **SHORT), tmp_path / "r"
+    with monkeypatch.context() as patch:
+
+        def refuse(*given):
+            raise InputError("the disk is full", where=out)
+
+        patch.setattr("gesso.run.session.write_detections", refuse)
+        with pytest.raises(InputError, match="the disk is full"):
+            train(config, out)
+    train(config, out, resume=True)
+    assert differences(straight, out) == []
+
+
+def test_the_best_stays_the_best(data, tmp_path, monkeypatch):
+    scores = iter([0.2, 0.9, 0.5, 0.9])
+    monkeypatch.setattr("gesso.run.predictor.score_coco", lambda *given: score_coco(*given) | {"AP": next(scores)})
+    train(tiny_run(data, **SHORT | {"evaluate_every": 1, "keep_checkpoints": 1}), tmp_path / "r")
+    assert json.loads((tmp_path / "r" / "checkpoints" / "best.json").read_text()) == {"step": 2, "AP": 0.9}
+    assert sorted(p.name for p in (tmp_path / "r" / "checkpoints").iterdir() if p.is_dir()) == ["00000002", "00000004"]
+
+
+def test_a_stage_starts_from_the_averages_of_the_one_before(data, tmp_path, monkeypatch):
+    began = {}
+
+    def spy(stage, batches, callbacks):
+        began[len(began)] = {name: value.clone() for name, value in stage.module.state_dict().items()}
+        run_stage(stage, batches, callbacks)
+
+    monkeypatch.setattr("gesso.run.session.run_stage", spy)
+    config = two_stages(data)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, keep_checkpoints=9))
+    train(config, tmp_path / "r")
+    averages = load_file(tmp_path / "r" / "checkpoints" / "00000003" / "ema.safetensors")
+    own = load_file(tmp_path / "r" / "checkpoints" / "00000003" / "model.safetensors")
+    assert all(torch.equal(began[1][name], averages[name]) for name in averages)
+    assert any(not torch.equal(own[name], averages[name]) for name in averages)
 
 
 def test_a_best_step_without_a_checkpoint_is_not_the_best(data, tmp_path, monkeypatch):

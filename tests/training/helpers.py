@@ -84,8 +84,7 @@ def new_stage(config: TrainingConfig, *, init: int = 0, poison: int | None = Non
     torch.manual_seed(init)
     module = Tiny(poison=poison)
     module.to(torch.float64 if config.precision == "float64" else torch.float32)
-    if config.channels_last:
-        module.to(memory_format=torch.channels_last)
+    module.to(memory_format=torch.channels_last)
     ema = None if config.ema_decay is None else EMA(module, config.ema_decay)
     optimizer = build_optimizer(module, config.optimizer)
     return Stage(config=config, module=module, optimizer=optimizer, ema=ema, device=CPU, seed=11)
