@@ -79,7 +79,7 @@ class KeepRatio:
     long_side: int = 1333
     """No side becomes longer than this, in pixels."""
     stride: int = STRIDE
-    """Both sides of a padded shape are multiples of this."""
+    """Both sides of a padded shape are multiples of this, itself a multiple of 32: anchors lie on that grid."""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.short_sides) <= 5 or min(self.short_sides) < 1:
@@ -88,8 +88,8 @@ class KeepRatio:
             raise ConfigError(f"short_sides names a side twice: {self.short_sides}")
         if self.long_side < max(self.short_sides):
             raise ConfigError(f"long_side {self.long_side} is shorter than the short side {max(self.short_sides)}")
-        if self.stride < 1:
-            raise ConfigError(f"stride must be at least 1, found {self.stride}")
+        if self.stride < STRIDE or self.stride % STRIDE:
+            raise ConfigError(f"stride must be a multiple of {STRIDE}, found {self.stride}")
 
     @property
     def num_scales(self) -> int:

@@ -37,7 +37,8 @@ def find_recipe(name: str) -> Recipe:
     if name in known:
         return known[name]
     module_name, colon, function = name.partition(":")
-    if not colon or ("." not in module_name and importlib.util.find_spec(module_name) is None):
+    nowhere = not module_name or module_name.startswith(".")
+    if not colon or nowhere or ("." not in module_name and importlib.util.find_spec(module_name) is None):
         raise ConfigError(f"there is no recipe '{name}'", remedy=nearest(name, known))
     try:
         module = importlib.import_module(module_name)

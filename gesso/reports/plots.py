@@ -8,6 +8,8 @@ vision); series differ in their dashes or hatches as well. Text stays text.
 import io
 import math
 import re
+import unicodedata
+import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ _VARIABLES = {
     _SERIES[2]: "var(--series-3, #4d7d3a)",
     _SERIES[3]: "var(--series-4, #7d4e97)",
 }
+_CATEGORY, _LEGEND, _HALF_LEGEND = 26, 40, 17  # columns of text that have room
 _DASHES = ("-", (0, (6, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
 _STYLE: Any = {  # matplotlib types its keys as one long Literal
     "svg.fonttype": "none",
@@ -99,12 +102,14 @@ def line_plot(
             axes.set_ylim(bottom=0)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        _legend(axes, len(series))
+        _legend(figure, axes)
         return _to_svg(figure)
 
 
 def bar_plot(categories: Sequence[str], series: Sequence[tuple[str, Sequence[float | None]]], *, x_label: str) -> str:
     """Horizontal bars: a group for each category, a bar in it for each series (name, values); None leaves a gap.
+
+    Names of categories above 26 columns end in an ellipsis.
 
     Returns:
         An ``<svg>`` element, the taller the more categories there are.
@@ -117,12 +122,12 @@ def bar_plot(categories: Sequence[str], series: Sequence[tuple[str, Sequence[flo
             lengths = np.array([math.nan if value is None else value for value in values])
             middle = places + (i - (len(series) - 1) / 2) * thick
             axes.barh(middle, lengths, thick * 0.86, color=colour, alpha=1 - 0.18 * (i % 2), label=name)
-        axes.set_yticks(places, categories)
+        axes.set_yticks(places, [_shorten(name, _CATEGORY) for name in categories])
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", color=_LINE, linewidth=0.8)
         axes.set_xlabel(x_label)
-        _legend(axes, len(series))
+        _legend(figure, axes)
         return _to_svg(figure)
 
 
@@ -147,14 +152,38 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(axes: Axes, count: int) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=min(count, 2), frameon=False, borderaxespad=0.2)
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Above the whole figure, not the axes alone, which long names of categories make narrow."""
+    handles, names = axes.get_legend_handles_labels()
+    names = [_shorten(name, _LEGEND) for name in names]
+    columns = 2 if len(names) > 1 and max(map(_columns, names)) <= _HALF_LEGEND else 1
+    figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False, borderaxespad=0.2)
+
+
+def _shorten(name: str, most: int) -> str:
+    """The name in at most ``most`` columns, the last of them an ellipsis where it is cut."""
+    if _columns(name) <= most:
+        return name
+    while _columns(name) >= most:
+        name = name[:-1]
+    return name.rstrip() + "…"
+
+
+def _columns(text: str) -> int:
+    return sum(2 if _is_wide(letter) else 1 for letter in text)
+
+
+def _is_wide(letter: str) -> bool:
+    """Letters as of Chinese, about as wide as two others."""
+    return unicodedata.east_asian_width(letter) in ("W", "F")
 
 
 def _to_svg(figure: Figure) -> str:
     """The figure's ``<svg>`` element, cut free of what belongs to a file of its own."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font")  # the page's own font draws the text
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].strip()
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)

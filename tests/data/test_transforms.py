@@ -167,6 +167,8 @@ def test_colour_factors_cover_their_ranges():
         lambda: KeepRatio(short_sides=(64, 64)),
         lambda: KeepRatio(short_sides=(900,), long_side=800),
         lambda: KeepRatio(stride=0),
+        lambda: KeepRatio(stride=16),
+        lambda: KeepRatio(stride=48),
         lambda: Direct(side=100),
         lambda: Direct(low=0.0),
         lambda: Direct(low=1.3),

@@ -21,15 +21,16 @@ def regions(share=0.5):
     return sample_rois(*proposals(targets), targets, batch.key, RoISamplingConfig(samples=24, positive_share=share))
 
 
-def test_losses_equal_torchvision():
+@pytest.mark.parametrize("weights", [(10.0, 10.0, 5.0, 5.0), (1.0, 2.0, 3.0, 4.0)])
+def test_losses_equal_torchvision(weights):
     found = regions()
     assert found.valid.all()
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 24, NUM_CLASSES + 1, generator=g)
     deltas = torch.randn(2, 24, NUM_CLASSES, 4, generator=g)
-    terms = head().losses(RegionPredictions(logits, deltas), found)
+    terms = head(box_weights=weights).losses(RegionPredictions(logits, deltas), found)
     with_background = torch.cat([torch.zeros(2, 24, 1, 4), deltas], dim=2)
-    wanted = geometry.encode(found.boxes, found.truth, (10.0, 10.0, 5.0, 5.0))
+    wanted = geometry.encode(found.boxes, found.truth, weights)
     expected = fastrcnn_loss(
         logits.flatten(0, 1), with_background.view(48, -1), [found.labels.flatten()], [wanted.flatten(0, 1)]
     )

@@ -1,6 +1,7 @@
 import pytest
 import timm
 import torch
+from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 from gesso.errors import ConfigError
@@ -112,6 +113,18 @@ def test_group_norm_replaces_batch_norm():
     assert not any(isinstance(m, nn.BatchNorm2d) for m in module.modules())
     x = torch.randn(2, 8, 5, 5)
     torch.testing.assert_close(module[1](x), nn.functional.group_norm(x, 8, weight, torch.zeros(8)))
+
+
+@pytest.mark.parametrize("before", [None, "fixed"])
+def test_group_norm_keeps_the_activation_of_timm(before):
+    module = nn.Sequential(BatchNormAct2d(8, act_layer=nn.SiLU))
+    nn.init.normal_(module[0].weight)
+    if before:
+        apply_norm_policy(module, NormPolicy(kind=before))
+    apply_norm_policy(module, NormPolicy(kind="group_norm"))
+    x = torch.randn(2, 8, 5, 5)
+    torch.testing.assert_close(module(x), nn.functional.silu(nn.functional.group_norm(x, 8, module[0].weight)))
+    assert module[0].weight.requires_grad
 
 
 def test_what_cannot_be_asked_for():

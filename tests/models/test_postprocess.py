@@ -14,6 +14,7 @@ def example(seed=0):
     g = torch.Generator().manual_seed(seed)
     low = torch.rand(2, R, 2, generator=g) * 50
     boxes = torch.cat([low, low + 4 + torch.rand(2, R, 2, generator=g) * 30], dim=-1)
+    boxes[:, -6:] += 200  # beyond the picture: nothing is left of them
     logits = 2 * torch.randn(2, R, C + 1, generator=g)
     return boxes, logits, torch.randn(2, R, C, 4, generator=g), torch.tensor([[60, 70], [64, 64]])
 
@@ -38,6 +39,7 @@ def test_equals_torchvision(agnostic):
         torch.testing.assert_close(found.boxes[b][kept], box)
         torch.testing.assert_close(found.scores[b][kept], score)
         assert torch.equal(found.labels[b][kept], label - 1)
+        assert (found.boxes[b][kept][:, 2:] > found.boxes[b][kept][:, :2]).all()
 
 
 def test_fixed_count_and_zeros_in_empty_slots():

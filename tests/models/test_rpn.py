@@ -6,6 +6,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator as Referen
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork as Reference
 from torchvision.models.detection.rpn import RPNHead as ReferenceHead
+from torchvision.ops import box_iou
 
 from gesso.errors import ConfigError
 from gesso.models.anchors import AnchorConfig, AnchorGenerator
@@ -19,7 +20,7 @@ SIDE = 64
 def networks(**changes):
     """Ours, and torchvision's with the same weights."""
     torch.manual_seed(0)
-    config = RPNConfig(before_nms=60, before_nms_test=40, after_nms=50, after_nms_test=30, **changes)
+    config = RPNConfig(before_nms=60, before_nms_test=4, after_nms=50, after_nms_test=12, **changes)
     ours = RegionProposalNetwork(config, width=8, anchors=AnchorGenerator(AnchorConfig(sizes=SIZES)))
     for layer in (ours.head.objectness, ours.head.deltas):
         torch.nn.init.normal_(layer.weight, std=0.3)
@@ -30,8 +31,8 @@ def networks(**changes):
         bg_iou_thresh=0.3,
         batch_size_per_image=10**6,
         positive_fraction=1.0,
-        pre_nms_top_n={"training": 60, "testing": 40},
-        post_nms_top_n={"training": 50, "testing": 30},
+        pre_nms_top_n={"training": 60, "testing": 4},
+        post_nms_top_n={"training": 50, "testing": 12},
         nms_thresh=0.7,
     )
     reference.head.load_state_dict(dict(zip(reference.head.state_dict(), ours.head.state_dict().values(), strict=True)))
@@ -93,6 +94,23 @@ def test_nothing_is_proposed_or_learnt_in_the_padding():
     centre = (predictions.anchors[:, :2] + predictions.anchors[:, 2:]) / 2
     inside = (centre[:, 0] < 24) & (centre[:, 1] < 40)
     assert torch.equal(logits.grad[1] != 0, inside) and (logits.grad[0] != 0).all()
+
+
+def test_an_anchor_that_an_object_matches_from_the_padding_is_not_trained_on():
+    ours, _ = networks(samples=10**6, positive_share=1.0, positive_iou=0.2, negative_iou=0.0)
+    sizes = torch.tensor([[40, 24], [40, 24]])
+    predictions = ours(pyramid(), (SIDE, SIDE), sizes)
+    batch, targets = random_batch(2, SIDE, filled=1)
+    at_the_edge = torch.tensor([8.0, 24.0, 24.0, 40.0]) * targets.valid[..., None]
+    targets = dataclasses.replace(targets, boxes=at_the_edge)
+    matching = box_iou(predictions.anchors, at_the_edge[0, :1])[:, 0] >= 0.2
+    inside = predictions.inside[0]
+    assert (matching & inside).any() and (matching & ~inside).any()
+    terms = ours.losses(predictions, targets, batch.key)
+    for name, of in (("rpn_objectness", predictions.logits), ("rpn_box", predictions.deltas)):
+        (gradient,) = torch.autograd.grad(terms[name].total, of, retain_graph=True)
+        learnt = (gradient != 0).view(2, len(inside), -1).any(dim=-1)
+        assert torch.equal(learnt, (matching & inside).expand(2, -1)), name
 
 
 def test_weights_that_are_no_numbers_do_not_crash():

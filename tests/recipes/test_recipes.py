@@ -59,7 +59,8 @@ def test_arms_of_the_demo_differ_in_training_alone():
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("demo:dirct", "demo:direct"), ("debug:tinny", "debug:tiny"), ("nonsense", "Known|mean"), ("a:b:c", "no recipe")],
+    [("demo:dirct", "demo:direct"), ("debug:tinny", "debug:tiny"), ("nonsense", "Known|mean"), ("a:b:c", "no recipe")]
+    + [(name, "no recipe") for name in (":", ":tiny", ".x:y", "..x.z:y", ".:y")],
 )
 def test_a_misspelt_recipe_gets_a_hint(name, hint):
     with pytest.raises(ConfigError, match=hint):

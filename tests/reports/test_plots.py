@@ -1,4 +1,5 @@
 import re
+import warnings
 import xml.etree.ElementTree as ET
 
 import matplotlib
@@ -77,6 +78,22 @@ def test_bars_have_the_length_of_their_values():
     first, second = lengths("var(--series-1"), lengths("var(--series-2")
     assert first[0] == pytest.approx(2 * first[1], rel=1e-3)
     assert max(second) == pytest.approx(4 * first[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["x" * 60, "W" * 60, "very " * 40, "信号機" * 20, "信号機"])
+def test_names_of_any_length_and_script_leave_room_for_the_bars(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        svg = bar_plot([name, "dog"], [(name, [0.5, 0.25]), ("b" * 30, [1.0, 1.0])], x_label="AP")
+        line_plot([Series(name=name, x=[0, 1], y=[0, 1])] * 2, x_label="x", y_label="y")
+    root = ET.fromstring(svg)
+    texts = list(root.iter("{http://www.w3.org/2000/svg}text"))
+    assert all(len(t.text) <= 40 for t in texts)
+    label = next(t for t in texts if "text-anchor: end" in t.get("style", "") and t.text != "dog")
+    assert label.text == name or (label.text.endswith("…") and name.startswith(label.text[:-1]))
+    assert 3 < len(label.text) <= 26 or name == "信号機"
+    letter = 11 if "信" in name else 0  # a Chinese letter is a square of the font's size
+    assert 0.95 * letter * len(label.text) < float(label.get("x")) < 300, "of 331 points; the rest are bars"
 
 
 def test_smooth_equals_the_slow_way():

@@ -1,5 +1,10 @@
 """Non-maximum suppression with a fixed shape: a keep mask for padded boxes of a whole batch, as one torch operator.
 
+The one place under ``models`` that waits for the device: on a GPU the operator waits inside, several times a call (a
+``nonzero``, the sizes of the groups as a list, one ``torchvision.ops.nms`` a group). From outside, its shapes are fixed
+and a graph holds it whole. One pass over all groups, told apart by an offset of their boxes, would need no list of
+sizes, but compares the boxes of every group with those of all others.
+
 Shape letters: B images, N box slots.
 """
 
@@ -10,7 +15,7 @@ from torch import Tensor
 
 @torch.library.custom_op("gesso::batched_nms", mutates_args=())
 def _batched_nms(boxes: Tensor, scores: Tensor, valid: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
-    """One greedy pass for each (image, group), on slices of one sorted list. Waits for the device on a GPU."""
+    """One greedy pass for each (image, group), on slices of one sorted list. On a GPU it waits for the device, here."""
     B, N = scores.shape
     keep = torch.zeros(B * N, dtype=torch.bool, device=boxes.device)
     slots = valid.flatten().nonzero().flatten()
@@ -36,9 +41,9 @@ def _(boxes: Tensor, scores: Tensor, valid: Tensor, groups: Tensor, iou_threshol
 def batched_nms(boxes: Tensor, scores: Tensor, valid: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
     """Greedy NMS within each group of each image; boxes of different groups never suppress each other.
 
-    The operator has a registered fake version, so a compiled graph takes it whole. Inside it calls
-    ``torchvision.ops.nms`` for each group that is present, which on a GPU waits for the device; on the CPU nothing
-    has to wait. Not differentiable.
+    The operator has a registered fake version, so a compiled graph takes it whole. On a GPU the host waits inside it,
+    several times a call: shapes inside depend on the boxes, and ``torchvision.ops.nms`` runs for each group that is
+    present. On the CPU there is nothing to wait for. Not differentiable.
 
     Args:
         boxes: (B, N, 4) float32 or float64, xyxy.
