@@ -33,7 +33,7 @@ _VARIABLES = {
     _SERIES[2]: "var(--series-3, #4d7d3a)",
     _SERIES[3]: "var(--series-4, #7d4e97)",
 }
-_CATEGORY, _LEGEND, _HALF_LEGEND = 26, 40, 17  # columns of text that have room
+_CATEGORY, _LEGEND, _HALF_LEGEND = 26, 40, 20  # columns of text that have room
 _DASHES = ("-", (0, (6, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
 _STYLE: Any = {  # matplotlib types its keys as one long Literal
     "svg.fonttype": "none",

@@ -250,14 +250,14 @@ def draw_broken(broken, count):
 
 def test_one_broken_picture_in_a_hundred_and_three_to_spare_are_borne():
     draw_broken({0: 4}, 100)
-    with pytest.raises(TrainingError, match="104 of the last 10000 pictures"):
+    with pytest.raises(TrainingError, match="104 pictures could not be read in drawing the last 10000"):
         draw_broken({99: 5}, 100)
 
 
 def test_broken_pictures_count_for_ten_thousand_samples():
     draw_broken({0: 4, 100: 4}, 101)
     draw_broken(dict.fromkeys(range(98), 0) | {98: 50, 99: 50}, 100)
-    with pytest.raises(TrainingError, match="104 of the last 10000 pictures"):
+    with pytest.raises(TrainingError, match="104 pictures could not be read in drawing the last 10000"):
         draw_broken({0: 4, 99: 2}, 100)
 
 
