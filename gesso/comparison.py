@@ -26,6 +26,7 @@ from gesso.run.train import train
 
 SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _POLL_SECONDS = 0.5
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,8 @@ def compare(
         raise RunError(
             "this folder is not empty", where=out, remedy="Go on with --resume, or name another folder with --out."
         )
+    if resume and not (out / "data").is_dir():
+        raise RunError("no comparison was begun here", where=out, remedy="Begin one without --resume.")
     out.mkdir(parents=True, exist_ok=True)
     index, val = open_data(arms[0].config.data, out, prepare)
     assert val is not None, "a comparison needs validation data"
@@ -133,9 +136,14 @@ def _train_all(
     total = sum(stage.steps for arm in arms for _, stage in arm.config.stages())
     threads = max(cores // at_once, 1)
     with ProcessPoolExecutor(at_once, mp_context=context, initializer=_begin, initargs=(threads, stop)) as pool:
-        futures: dict[str, Future[RunResult]] = {
-            arm.name: pool.submit(_train_one, arm, out / arm.name, how_to_resume) for arm in arms
-        }
+        # The processes inherit the mask: no signal reaches them before, in ``_begin``, they ignore it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+        try:
+            futures: dict[str, Future[RunResult]] = {
+                arm.name: pool.submit(_train_one, arm, out / arm.name, how_to_resume) for arm in arms
+            }
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             while wait(futures.values(), timeout=_POLL_SECONDS).not_done:
                 progress(sum(_steps_done(out / arm.name) for arm in arms), total)
@@ -155,17 +163,20 @@ _stop: Event | None = None
 
 
 def _begin(threads: int, stop: Event) -> None:
-    """Readies a process: its threads; Ctrl-C reaches the parent alone, which sets ``stop``."""
+    """Readies a process: its threads; Ctrl-C and SIGTERM reach the parent alone, which sets ``stop``."""
     global _stop
     _stop = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     torch.set_num_threads(threads)
 
 
 def _train_one(arm: Arm, path: Path, how_to_resume: str) -> RunResult:
     observer = Observer()
-    assert _stop is not None, "_begin comes first"
-    observer.should_stop = _stop.is_set
+    stop, parent = _stop, multiprocessing.parent_process()
+    assert stop is not None and parent is not None, "_begin comes first"
+    observer.should_stop = lambda: stop.is_set() or not parent.is_alive()
     return train(
         arm.config,
         path,

@@ -139,7 +139,14 @@ class TestSources:
         assert line.startswith(f"{source}: exists already")
         gesso("data", "split", index, "--out", tmp_path / "parts", "--val", "1", "--no-near-duplicates")
         line = refused(gesso, tmp_path, "data", "split", index, "--out", tmp_path / "parts", "--val", "1")
-        assert line == f"{tmp_path}/parts/val: an index stands here already. Choose another --out."
+        assert line == f"{tmp_path}/parts/train: an index stands here already. Choose another --out."
+
+    def test_a_number_of_pictures_is_a_whole_one(self, gesso, index, tmp_path):
+        made = gesso.json("data", "split", index, "--out", tmp_path / "parts", "--val", "1")
+        assert {part["name"]: part["images"] for part in made["parts"]} == {"val": 1, "train": 2}
+        for value in ("1.5", "inf"):
+            line = refused(gesso, tmp_path, "data", "split", index, "--out", tmp_path / "other", "--val", value)
+            assert line.startswith(f"--val {value} is neither a share below 1 nor a number of images")
 
     def test_a_damaged_index(self, gesso, index, tmp_path):
         column = max(index.glob("*.npy"), key=lambda file: file.stat().st_size)

@@ -67,6 +67,14 @@ def test_the_arm_that_failed_is_named_and_not_the_one_that_was_stopped(tmp_path)
         comparison.compare((good, bad), tmp_path / "c", title="T", task="Task.")
 
 
+def test_a_folder_without_a_comparison_is_not_resumed(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for folder in ("photos", "none"):
+        with pytest.raises(RunError, match="no comparison was begun here"):
+            comparison.compare(arms(), tmp_path / folder, title="T", task="Task.", resume=True)
+    assert not (tmp_path / "none").exists() and not any((tmp_path / "photos").iterdir())
+
+
 def test_difference_leaves_out_what_does_not_exist():
     scratch = dict.fromkeys(comparison.SCORES, 0.25) | {"APl": -1.0}
     direct = dict.fromkeys(comparison.SCORES, 0.5) | {"APl": -1.0}

@@ -15,6 +15,7 @@ from gesso.data.importing import import_data
 from gesso.data.index import REPORT, Index
 from gesso.data.select import split
 from gesso.data.statistics import statistics
+from gesso.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def split_(words: list[str]) -> Result:
     index = Index.open(given.index)
     values = {name: getattr(given, name) for name in ("train", "val", "test")}
     wanted: dict[str, float | int] = {
-        name: int(value) if value > 1 else value for name, value in values.items() if value is not None
+        name: _share_or_number(name, value) for name, value in values.items() if value is not None
     }
     made = split(
         index,
@@ -195,6 +196,14 @@ def split_(words: list[str]) -> Result:
         parts = [{"name": p.name, "path": str(p.path), "images": p.images, "boxes": p.boxes} for p in made.parts]
         data = dataclasses.asdict(made) | {"parts": parts}
     return Result("\n".join([table(("part", "images", "boxes"), rows), *made.notes]), data)
+
+
+def _share_or_number(name: str, value: float) -> float | int:
+    if value < 1:
+        return value
+    if not value.is_integer():
+        raise ConfigError(f"--{name} {value:g} is neither a share below 1 nor a number of images")
+    return int(value)
 
 
 @dataclass(frozen=True)

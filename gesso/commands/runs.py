@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from PIL import Image
@@ -97,8 +97,8 @@ class EvaluateArguments:
     """The run."""
     data: Path
     """The index."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes a GPU where there is one."""
     workers: int = 1
     """Processes that load pictures."""
     json: bool = False
@@ -128,8 +128,8 @@ class PredictArguments:
     """Detections with a lower score are neither drawn nor written."""
     draw: bool = True
     """--no-draw writes detections.json alone."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes a GPU where there is one."""
     json: bool = False
     """Print JSON."""
     keep: tuple[str, ...] = field(default=())
@@ -144,6 +144,7 @@ def predict(words: list[str]) -> Result:
     pictures = find_pictures(given.pictures)
     detector = load_run(given.run, device=given.device)
     wanted = {detector.label_space.names[detector.label_space.index(name)] for name in given.keep}
+    given.out.mkdir(parents=True, exist_ok=True)  # what is wrong with it shall show before the work
     with JobProgress([Stage(name="predicting")]) as job:
         found = detector.predict(
             pictures,
@@ -151,20 +152,21 @@ def predict(words: list[str]) -> Result:
             strict=False,
             progress=_Counter(job, "predicting", len(pictures)),
         )
-    rows, images = [], []
+    rows, images, drawn = [], [], []
     for number, (path, one) in enumerate(zip(pictures, found, strict=True), 1):
         if one.error is not None:
             continue
         one = one.of_classes(wanted) if wanted else one
         images.append({"id": number, "file_name": str(path)})
         rows += _results(number, one, detector.label_space.ids)
-        if given.draw:
-            _draw(path, one, given.out / f"{number:04d}-{path.stem}.jpg", detector.label_space.names)
+        drawn.append((path, one, given.out / f"{number:04d}-{path.stem}.jpg"))
     categories = [
         {"id": i, "name": n} for i, n in zip(detector.label_space.ids, detector.label_space.names, strict=True)
     ]
     files.write_json(given.out / "detections.json", rows)
     files.write_json(given.out / "images.json", {"images": images, "categories": categories})
+    for path, one, target in drawn if given.draw else ():
+        _draw(path, one, target, detector.label_space.names)
     lines = [f"{len(rows)} detections in {len(images)} pictures: {given.out / 'detections.json'}"]
     unread = [one.error for one in found if one.error is not None]
     lines += [f"left out: {error}" for error in unread]

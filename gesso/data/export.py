@@ -19,8 +19,10 @@ ExportFormat = Literal["coco", "voc", "yolo"]
 Pictures = Literal["none", "link", "copy"]
 ANNOTATIONS = "annotations.json"
 COCO_PICTURES = "images"
+MARK = ".gesso-export"
+"""An empty file in every exported folder: only such a folder is ever replaced, never a data set of the user's own."""
 _ENTRIES = frozenset(
-    (ANNOTATIONS, COCO_PICTURES, VOC_PICTURES, YOLO_PICTURES, "Annotations", "ImageSets", "labels", "data.yaml")
+    (MARK, ANNOTATIONS, COCO_PICTURES, VOC_PICTURES, YOLO_PICTURES, "Annotations", "ImageSets", "labels", "data.yaml")
 )
 
 
@@ -69,6 +71,7 @@ def _export(index: Index, target: Path, format: ExportFormat, pictures: Pictures
     if target.exists() and overwrite:
         _check_ours(target)
     with atomic_folder(target, overwrite=overwrite) as folder:
+        (folder / MARK).touch()
         if format == "coco":
             with (folder / ANNOTATIONS).open("wb") as file:
                 losses = write_coco(index, file)
@@ -85,7 +88,10 @@ def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def _check_ours(target: Path) -> None:
-    """Refuses to overwrite a folder that holds more than an export does."""
+    """Refuses to overwrite a folder that is no export, or holds more than one."""
+    if target.is_dir() and not (target / MARK).is_file():
+        what = "was not exported by Gesso, so it is not overwritten"
+        raise InputError(what, where=target, remedy="Name another folder.")
     strange = (
         sorted(entry.name for entry in target.iterdir() if entry.name not in _ENTRIES) if target.is_dir() else [""]
     )

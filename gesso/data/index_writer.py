@@ -251,5 +251,9 @@ def check_target(path: Path, *, overwrite: bool, can_overwrite: bool = True) -> 
         if not overwrite:
             remedy = "Choose another --out or --overwrite." if can_overwrite else "Choose another --out."
             raise DataError("an index stands here already", where=path, remedy=remedy)
+        foreign = sorted(e.name for e in path.iterdir() if e.name not in (HEAD, REPORT) and e.suffix != ".npy")
+        if foreign:
+            what = f"the folder holds '{foreign[0]}' beside the index, so it is not overwritten"
+            raise DataError(what, where=path, remedy="Choose another --out.")
     elif any(path.iterdir()):
         raise DataError("the folder is not empty and holds no index", where=path, remedy="Choose another --out.")

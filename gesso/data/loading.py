@@ -35,6 +35,7 @@ WINDOW = 10_000
 MAX_SHARE = 0.01
 ALLOWANCE = 3
 PREFETCH = 2
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 def training_batches(
@@ -258,8 +259,8 @@ class _Results(Iterator[Built]):
     def __init__(self, dataset: Dataset[Built], plans: Iterable[Any], workers: int) -> None:
         if workers < 0:
             raise ConfigError(f"the number of workers must be at least 0, found {workers}")
-        # Workers inherit the mask, so that no Ctrl-C reaches them before they ignore it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # Workers inherit the mask, so that no signal to the whole group reaches them before they ignore it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -304,7 +305,8 @@ def _same(built: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _STOPPING:
+        signal.signal(number, signal.SIG_IGN)
     sys.excepthook = _quiet
     cv2.setNumThreads(0)
 

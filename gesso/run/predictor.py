@@ -18,7 +18,7 @@ from torch import nn
 from gesso import distributed
 from gesso.data.decode import upright_rgb
 from gesso.data.index import Index
-from gesso.data.loading import inference_batches, picture_batches
+from gesso.data.loading import ALLOWANCE, MAX_SHARE, inference_batches, picture_batches
 from gesso.data.transforms import InputConfig
 from gesso.errors import ConfigError, DataError, InputError, RunError
 from gesso.evaluation.coco import score_coco
@@ -148,14 +148,26 @@ class TrainedDetector:
     def detect(
         self, index: Index, *, workers: int = 0, progress: Callable[[int], None] | None = None
     ) -> DetectionTable:
-        """All detections on the pictures of an index, labelled in the detector's own label space."""
+        """All detections on the pictures of an index, labelled in the detector's own label space.
+
+        Raises:
+            DataError: more than 1% of the pictures, and three to spare, cannot be read.
+        """
         batches = inference_batches(index, self.input, batch_size=self.batch_size, workers=workers)
         try:
-            return predict(
+            found = predict(
                 self.detector, batches, device=self.device, image_ids=np.asarray(index.image_ids), progress=progress
             )
         finally:
             batches.close()
+        if len(batches.broken) > MAX_SHARE * len(index) + ALLOWANCE:
+            last = batches.broken[-1].error
+            raise DataError(
+                f"{len(batches.broken)} of {len(index)} pictures could not be read, the last one: {last.what}",
+                where=last.where,
+                remedy="Mend or remove the broken files (gesso data check lists them).",
+            )
+        return found
 
     def evaluate(
         self, index: Index, *, workers: int = 0, progress: Callable[[int], None] | None = None
@@ -165,7 +177,6 @@ class TrainedDetector:
         Raises:
             DataError: the detector and the index share no category.
         """
-        found = self.detect(index, workers=workers, progress=progress)
         there = self.label_space.map_to(index.label_space)
         if all(target < 0 for target in there.targets):
             raise DataError(
@@ -174,7 +185,7 @@ class TrainedDetector:
                 where=index.path,
                 remedy="Evaluate on data with the same category names.",
             )
-        mapped = found.map_labels(there)
+        mapped = self.detect(index, workers=workers, progress=progress).map_labels(there)
         return score_coco(index, mapped), mapped
 
 

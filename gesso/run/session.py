@@ -91,6 +91,12 @@ class Session:
         """Works through the stages that are left. See ``train``."""
         torch.manual_seed(fold(self.config.seed, INIT))
         newest = checkpoints.newest_checkpoint(self.folder.checkpoints)
+        if newest is None and any(self.folder.checkpoints.glob("[0-9]*/state.json")):
+            raise RunError(
+                "none of its checkpoints is whole, so there is nothing to go on from",
+                where=self.folder.checkpoints,
+                remedy="Bring one back, or train into another folder.",
+            )
         detector = new_detector(
             self.config, len(self.space), pretrained=None if newest is None and init is None else False
         )

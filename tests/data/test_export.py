@@ -220,8 +220,22 @@ def test_an_earlier_export_may_be_overwritten(tmp_path):
     index = write_index(tmp_path)
     for kind in ("coco", "voc", "yolo"):
         export(index, tmp_path / "out", kind, overwrite=True)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["data.yaml", "labels"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".gesso-export", "data.yaml", "labels"]
     export(index, tmp_path / "a.json")
     with pytest.raises(InputError, match="exists"):
         export(index, tmp_path / "a.json")
     export(index, tmp_path / "a.json", overwrite=True)
+
+
+def test_a_data_set_of_the_users_own_is_never_overwritten(tmp_path):
+    """It has the very names of an export."""
+    index = write_index(tmp_path)
+    for name in ("annotations.json", "images/0.png"):
+        (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / name).write_text("mine")
+    with pytest.raises(InputError, match="was not exported by Gesso"):
+        export(index, tmp_path / "own", overwrite=True)
+    assert (tmp_path / "own" / "images" / "0.png").read_text() == "mine"
+    export(index, tmp_path / "e")
+    export(index, tmp_path / "e", "voc", overwrite=True)
+    assert (tmp_path / "e" / "Annotations").is_dir()

@@ -333,6 +333,16 @@ def test_a_split_that_cannot_be_imported_leaves_none_behind(tmp_path):
     assert not (tmp_path / "i").exists()
 
 
+def test_what_stands_beside_an_index_is_never_overwritten(tmp_path):
+    source = save(tmp_path / "x.json", document([{"id": 1, "file_name": "a.jpg", "width": 9, "height": 9}], []))
+    bring(source, tmp_path / "i", images=False)
+    bring(source, tmp_path / "i", images=False, overwrite=True)
+    bring(source, tmp_path / "i" / "train", images=False)
+    with pytest.raises(DataError, match="holds 'train' beside the index"):
+        import_data(source, tmp_path / "i", images=False, overwrite=True)
+    assert len(Index.open(tmp_path / "i" / "train")) == 1
+
+
 def test_a_name_that_is_no_text_is_kept_and_shown(tmp_path, gesso):
     """On Linux a file name is bytes."""
     (tmp_path / "d" / "labels").mkdir(parents=True)

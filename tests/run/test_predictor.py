@@ -177,3 +177,12 @@ def test_evaluation_does_not_disturb_training(data, straight, tmp_path):
     one, two = tensors(straight), tensors(tmp_path / "r")
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert "metrics.jsonl" in differences(straight, tmp_path / "r"), "it has more rows"
+
+
+def test_an_evaluation_without_its_pictures_is_refused(data, straight, monkeypatch):
+    def gone(path):
+        raise DataError("the picture cannot be read: No such file or directory", where=path)
+
+    monkeypatch.setattr("gesso.data.samples.read_picture", gone)
+    with pytest.raises(DataError, match="4 of 4 pictures could not be read"):
+        load_run(straight).evaluate(Index.open(data.val))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -295,3 +296,13 @@ def test_the_configuration_is_kept(straight, data):
     stored = json.loads((straight / "config.json").read_text())
     assert stored["recipe"] == "debug:tiny" and stored["config"]["data"]["train"] == str(data.train)
     assert stored["environment"]["threads"] == 1 and stored["environment"]["torch"] == torch.__version__
+
+
+def test_a_resume_with_broken_checkpoints_alone_is_refused_and_loses_nothing(data, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "r")
+    for weights in (tmp_path / "r" / "checkpoints").glob("*/model.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    before = (tmp_path / "r" / "metrics.jsonl").read_bytes()
+    with pytest.raises(RunError, match="none of its checkpoints is whole"):
+        train(tiny_run(data, **SHORT), tmp_path / "r", resume=True)
+    assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == before
