@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _say(f"interrupted. {again(words)}", 130)
+    except MemoryError:
+        return _say("the memory does not suffice. Choose smaller numbers, fewer workers, or smaller batches.", 2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
         return 0

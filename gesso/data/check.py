@@ -103,7 +103,7 @@ def check(
         progress: told how far the reading is, as in import.
 
     Raises:
-        DataError: the source cannot be read at all, or names a category that does not exist.
+        DataError: the source cannot be read at all, or names a category that does not exist, or an index is damaged.
     """
     findings = _Findings()
     with contextlib.ExitStack() as stack:
@@ -205,7 +205,13 @@ class _Findings:
 
 
 def _check_import(part: _Part, findings: _Findings, *, images: bool, progress: Progress | None) -> Array:
-    """Adds the import report, and for an index what has become of its pictures. Returns their content hashes."""
+    """Adds the import report, and for an index what has become of its pictures. Returns their content hashes.
+
+    Raises:
+        DataError: a column of an index is not what was written.
+    """
+    if not part.temporary:
+        part.index.verify()
     for issue in part.index.iter_issues():
         what = issue.what if part.temporary else f"mended at import: {issue.what}"
         detail = ", ".join(word for word in (issue.action, issue.detail) if word)

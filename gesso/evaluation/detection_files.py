@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -28,18 +28,19 @@ _BETWEEN = re.compile(rb"\}\s*,\s*\{")
 _NOT_A_NUMBER = re.compile(rb"-?(NaN|Infinity)")
 _WRITE_ROWS = 20_000
 _COLUMNS = ("image_id", "category_id", "score", "x", "y", "width", "height")
+_Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class _Row(msgspec.Struct, gc=False):
-    image_id: int
-    category_id: int
+    image_id: _Id
+    category_id: _Id
     score: float
     bbox: tuple[float, float, float, float]
 
 
 class _MaskRow(msgspec.Struct, gc=False):
-    image_id: int
-    category_id: int
+    image_id: _Id
+    category_id: _Id
     score: float
     bbox: tuple[float, float, float, float] | None = None
     segmentation: Any = None

@@ -152,7 +152,7 @@ def read_coco(path: str | Path, *, masks: bool = False) -> GroundTruth:
     except OSError as error:
         raise DataError(error.strerror or str(error), where=path, remedy="Check the path.") from error
     file = _decode(path, data, _MaskFile) if masks else _decode(path, data, _File)
-    image_ids, first = np.unique(_ints(i.id for i in file.images), return_index=True)
+    image_ids, first = np.unique(_ints(path, "id", (i.id for i in file.images)), return_index=True)
     sizes = np.array([(i.height or 0, i.width or 0) for i in file.images], np.float64).reshape(-1, 2)
     sizes = sizes[first].astype(np.int64)
     category_ids = tuple(category.id for category in file.categories)
@@ -160,9 +160,14 @@ def read_coco(path: str | Path, *, masks: bool = False) -> GroundTruth:
         twice = next(i for i in category_ids if category_ids.count(i) > 1)
         raise DataError(f"two categories have the id {twice}", where=path, remedy="Number the categories anew.")
     annotations: Sequence[_Annotation] = file.annotations
-    images = _ints(a.image_id for a in annotations)
+    images = _ints(path, "image_id", (a.image_id for a in annotations))
     rows = _find(path, "image_id", images, image_ids)
-    labels = _find(path, "category_id", _ints(a.category_id for a in annotations), np.array(category_ids, np.int64))
+    labels = _find(
+        path,
+        "category_id",
+        _ints(path, "category_id", (a.category_id for a in annotations)),
+        np.array(category_ids, np.int64),
+    )
     segmentations = None
     if isinstance(file, _MaskFile):
         segmentations = _segmentations(path, [a.segmentation for a in file.annotations], sizes[rows])
@@ -271,8 +276,11 @@ def _segmentations(path: Path, segmentations: Sequence[Any], sizes: Array) -> li
     return checked
 
 
-def _ints(values: Any) -> Array:
-    return np.fromiter(values, np.int64)
+def _ints(path: Path, key: str, values: Any) -> Array:
+    try:
+        return np.fromiter(values, np.int64)
+    except OverflowError:
+        raise DataError(f"a number under '{key}' has more than 64 bits", where=path, remedy="Number anew.") from None
 
 
 def _find(path: Path, key: str, values: Array, known: Array) -> Array:

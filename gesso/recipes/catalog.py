@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable
 from types import ModuleType
 
@@ -36,13 +37,15 @@ def find_recipe(name: str) -> Recipe:
     known = all_recipes()
     if name in known:
         return known[name]
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the user's own modules, which an installed program does not see by itself
     module_name, colon, function = name.partition(":")
     nowhere = not module_name or module_name.startswith(".")
     if not colon or nowhere or ("." not in module_name and importlib.util.find_spec(module_name) is None):
         raise ConfigError(f"there is no recipe '{name}'", remedy=nearest(name, known))
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, SyntaxError) as error:
         raise ConfigError(
             f"the recipe '{name}' cannot be imported: {error}", remedy="Check the dotted path."
         ) from error

@@ -171,3 +171,13 @@ def test_the_import_report_of_a_rich_index_is_kept_apart(tmp_path):
     assert found["picture has changed since the import"].count == 24 == report.problems
     assert not found["mended at import: missing"].problem
     assert np.all([finding.count >= len(finding.examples) for finding in report.findings])
+
+
+def test_an_index_whose_numbers_were_changed_is_told(tmp_path):
+    index = write_index(tmp_path)
+    column = index.path / "label.npy"
+    data = bytearray(column.read_bytes())
+    data[-1] ^= 0x55
+    column.write_bytes(data)
+    with pytest.raises(DataError, match=r"label\.npy: a column's checksum differs"):
+        check(Index.open(index.path), images=False)

@@ -219,3 +219,22 @@ def test_concatenation_keeps_every_column():
     assert_same(joined.take(np.arange(7) > 2), b)
     assert len(DetectionTable.concatenate([])) == 0
     assert isinstance(joined.masks[6], Rle)
+
+
+@pytest.mark.parametrize("key", ["image_id", "category_id"])
+def test_numbers_beyond_64_bits_are_refused_in_both_files(tmp_path, gesso, key):
+    truth = {
+        "images": [{"id": 1}],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 0}],
+    }
+    found = [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}]
+    gt, dt = tmp_path / "gt.json", tmp_path / "dt.json"
+    gt.write_text(json.dumps(truth))
+    for wrong in (10**30, 2**63):
+        dt.write_text(json.dumps([found[0] | {key: wrong}]))
+        assert key in gesso.mistake("score", "coco", "--gt", gt, "--dt", dt)
+    dt.write_text(json.dumps(found))
+    truth["annotations"][0][key] = 10**30
+    gt.write_text(json.dumps(truth))
+    assert key in gesso.mistake("score", "coco", "--gt", gt, "--dt", dt)

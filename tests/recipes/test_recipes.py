@@ -86,3 +86,11 @@ def test_a_recipe_of_ones_own(tmp_path, monkeypatch):
     ):
         with pytest.raises(ConfigError, match=why):
             find_recipe(wrong)
+
+
+def test_a_recipe_with_a_syntax_error_is_told_in_one_line(tmp_path, monkeypatch):
+    """Found in the working folder, as ``python -m`` would."""
+    (tmp_path / "brokenrecipes.py").write_text("def mine(:\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"'brokenrecipes:mine' cannot be imported: .*line 1"):
+        find_recipe("brokenrecipes:mine")
