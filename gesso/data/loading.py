@@ -66,7 +66,7 @@ def training_batches(
         workers: worker processes; 0 builds in this process.
         rank: this process takes the rank-th contiguous slice of each global batch.
         world: the number of processes.
-        max_boxes: M. Where a picture has more, the ones to ignore go first, then a choice at random.
+        max_boxes: M. Where a picture has more, the ones to ignore go first, then the smallest; the log counts them.
         mask_side: S of ``Targets.masks``; 0 leaves masks out. An object without a mask has an all-zero mask frame.
         label_map: from the index's labels to the run's (``LabelSpace.map_to``); None keeps the index's.
 
@@ -93,18 +93,22 @@ class TrainingBatches(Iterator[tuple[ImageBatch, Targets]]):
     """Endless pairs of ImageBatch and Targets on the CPU, pinned where a GPU is there, from ``training_batches``.
 
     A picture that cannot be read is replaced by the next in order. More than 1% of the last 10,000 samples, and three
-    to spare, raises TrainingError.
+    to spare, raises TrainingError. The first picture with more than ``max_boxes`` objects is warned of, and how many
+    there were so far at the 10th, the 100th and so on.
 
     Attributes:
         sample: the number of the next batch's first sample, the whole state of the stream.
         replaced: how many pictures of this process could not be read and were replaced.
-        surplus: how many pictures had more than ``max_boxes`` objects.
+        surplus: how many pictures of this process had more than ``max_boxes`` objects.
+        left_out: how many objects of these were left out.
     """
 
     def __init__(self, builder: TrainingBuilder, stream: BatchStream, workers: int) -> None:
         self.sample = stream.sample
         self.replaced = 0
         self.surplus = 0
+        self.left_out = 0
+        self._next_word = 1
         self._batch_size = stream.batch_size
         self._share = stream.batch_size // stream.world
         self._named: set[int] = set()
@@ -114,8 +118,8 @@ class TrainingBatches(Iterator[tuple[ImageBatch, Targets]]):
     def __next__(self) -> tuple[ImageBatch, Targets]:
         built = next(self._results)
         self._account(built)
+        self._account_left_out(built)
         self.sample += self._batch_size
-        self.surplus += built.surplus
         return built.image_batch(), built.as_targets()
 
     def _account(self, built: Built) -> None:
@@ -134,6 +138,22 @@ class TrainingBatches(Iterator[tuple[ImageBatch, Targets]]):
                 where=last.where,
                 remedy="Mend or remove the broken files (gesso data check lists them) and go on with --resume.",
             )
+
+    def _account_left_out(self, built: Built) -> None:
+        """Counts the objects that found no room, and says so at 1, 10, 100, ... pictures."""
+        self.surplus += built.surplus
+        self.left_out += built.left_out
+        if self.surplus < self._next_word:
+            return
+        while self._next_word <= self.surplus:
+            self._next_word *= 10
+        log.warning(
+            "%d objects left out so far, in %d of the pictures drawn, which had more than data.max_boxes = %d "
+            "(those to ignore go first, then the smallest; raise data.max_boxes to keep them)",
+            self.left_out,
+            self.surplus,
+            built.targets["valid"].shape[1],
+        )
 
     def close(self) -> None:
         """Ends the workers. Further batches cannot be drawn."""

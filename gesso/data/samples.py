@@ -30,10 +30,7 @@ from gesso.data.transforms import (
 )
 from gesso.errors import DataError
 from gesso.label_space import LabelMap
-from gesso.random_key import fold, stream
 from gesso.structures import ImageBatch, Targets
-
-SURPLUS = stream("samples.surplus")
 
 Tensors = dict[str, Tensor]
 
@@ -59,12 +56,14 @@ class Built:
         targets: the fields of Targets; empty at inference.
         broken: the pictures that could not be read, in the order of the samples.
         surplus: how many pictures had more than M objects.
+        left_out: how many objects of these found no slot.
     """
 
     images: Tensors = field(default_factory=dict)
     targets: Tensors = field(default_factory=dict)
     broken: list[Broken] = field(default_factory=list)
     surplus: int = 0
+    left_out: int = 0
 
     def image_batch(self) -> ImageBatch:
         """The pictures as the detector takes them: (B, 3, H, W) in channels-last memory."""
@@ -144,7 +143,7 @@ class TrainingBuilder(torch.utils.data.Dataset[Built]):
     Args:
         index: the data set.
         config: resize, crop, flip, colour.
-        max_boxes: M.
+        max_boxes: M. Where a picture has more, the ones to ignore go first, then the smallest on the canvas.
         mask_side: S; 0 leaves masks out.
         label_map: from the index's labels to the run's; None keeps them. Objects that map to -1 are dropped.
     """
@@ -180,7 +179,9 @@ class TrainingBuilder(torch.utils.data.Dataset[Built]):
                 self.config, height, width, objects.xyxy, shape=plan.shape, scale=plan.scale, key=key
             )
             colour(images.fill(slot, picture, placement, row=row, key=key), colour_factors(self.config, key))
-            built.surplus += self._fill_targets(targets, slot, row, objects, placement, key)
+            left_out = self._fill_targets(targets, slot, row, objects, placement)
+            built.surplus += left_out > 0
+            built.left_out += left_out
         built.images, built.targets = images.tensors(), targets.tensors()
         return built
 
@@ -199,16 +200,15 @@ class TrainingBuilder(torch.utils.data.Dataset[Built]):
         ignore = (objects.flags[places] & IGNORED) != 0
         return _Objects(objects.xyxy[places], labels[places], ignore, objects.box_ids[places], places)
 
-    def _fill_targets(
-        self, targets: TargetSlots, slot: int, row: int, objects: _Objects, placement: Placement, key: int
-    ) -> bool:
-        """Fills one slot; True where objects had to be left out."""
+    def _fill_targets(self, targets: TargetSlots, slot: int, row: int, objects: _Objects, placement: Placement) -> int:
+        """Fills one slot and returns how many objects found no room: those to ignore first, then the smallest."""
         boxes, kept = placement.move(objects.xyxy)
         chosen = np.flatnonzero(kept)
-        surplus = len(chosen) > self.max_boxes
-        if surplus:
-            chance = fold(np.int64(key), SURPLUS, objects.places[chosen])
-            chosen = np.sort(chosen[np.lexsort((chance, objects.ignore[chosen]))[: self.max_boxes]])
+        left_out = max(len(chosen) - self.max_boxes, 0)
+        if left_out:
+            width, height = (boxes[chosen, 2:] - boxes[chosen, :2]).astype(np.float64).T
+            order = np.lexsort((-width * height, objects.ignore[chosen]))  # stable: equal ones by position
+            chosen = np.sort(chosen[order[: self.max_boxes]])
         count = len(chosen)
         targets.boxes[slot, :count] = boxes[chosen]
         targets.labels[slot, :count] = objects.labels[chosen]
@@ -224,7 +224,7 @@ class TrainingBuilder(torch.utils.data.Dataset[Built]):
                     targets.mask_frames[slot, at] = boxes[chosen[at]]
         if targets.verified is not None:
             targets.verified[slot] = self._verified(row, objects.labels)
-        return surplus
+        return left_out
 
     def _verified(self, row: int, present: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """(C,) in the run's classes: 0 unverified, 1 present, 2 absent, as from ``Index.verified``.

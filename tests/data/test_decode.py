@@ -3,6 +3,7 @@
 import dataclasses
 import io
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -58,12 +59,86 @@ def test_every_mode_becomes_rgb(tmp_path, mode, suffix):
     assert np.abs(found - expected).max() <= 2
 
 
-def test_sixteen_bits_keep_the_high_byte(tmp_path):
-    deep = np.arange(60 * 90, dtype=np.uint16).reshape(60, 90) * 12
-    Image.fromarray(deep).save(tmp_path / "a.png")
+DEEP = np.linspace(0, 65535, 60 * 90).astype(np.uint16).reshape(60, 90)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "big.tif", "a.pgm"])
+def test_sixteen_bits_keep_the_high_byte(tmp_path, name):
+    """The whole range is scaled to 8 bits: nothing is clipped at 255."""
+    deep = DEEP.astype(">u2") if name == "big.tif" else DEEP
+    image = Image.frombytes("I;16B", (90, 60), deep.tobytes()) if name == "big.tif" else Image.fromarray(deep)
+    image.save(tmp_path / name)
+    found = read_picture(tmp_path / name)
+    assert np.array_equal(found, np.repeat((DEEP >> 8).astype(np.uint8)[..., None], 3, axis=2))
+    assert found.min() == 0 and found.max() == 255 and len(np.unique(found)) == 256
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_sixteen_bits_of_colour_are_scaled(tmp_path, channels):
+    colours = np.stack([DEEP, DEEP[::-1], DEEP[:, ::-1], DEEP][:channels], axis=-1)
+    cv2.imwrite(str(tmp_path / "a.png"), colours[..., [2, 1, 0, 3][:channels]])
     found = read_picture(tmp_path / "a.png")
-    assert np.array_equal(found[..., 0], (deep >> 8).astype(np.uint8))
-    assert np.array_equal(found[..., 0], found[..., 2])
+    assert np.abs(found.astype(int) - (colours[..., :3] >> 8)).max() <= 1
+
+
+PATCHES = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "grey": (90, 90, 90), "white": (255,) * 3}
+
+
+def patches():
+    """Patches of 16 x 16 pixels side by side."""
+    parts = [np.full((16, 16, 3), colour, np.uint8) for colour in PATCHES.values()]
+    return Image.fromarray(np.concatenate(parts, axis=1))
+
+
+def patch_means(picture):
+    return picture.reshape(16, -1, 16, 3)[4:12, :, 4:12].mean((0, 2))
+
+
+def test_cmyk_has_the_right_colours(tmp_path):
+    """Adobe's files hold the inks inverted; OpenCV, which knows that too, is the other opinion."""
+    patches().convert("CMYK").save(tmp_path / "a.jpg", quality=100)
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert image.mode == "CMYK"
+    found = read_picture(tmp_path / "a.jpg")
+    assert np.abs(patch_means(found) - np.array(list(PATCHES.values()))).max() <= 4
+    other = cv2.imread(str(tmp_path / "a.jpg"), cv2.IMREAD_COLOR_RGB)
+    assert np.abs(patch_means(found) - patch_means(other)).max() <= 4
+    patches().convert("CMYK").save(tmp_path / "a.tif")
+    assert np.abs(patch_means(read_picture(tmp_path / "a.tif")) - np.array(list(PATCHES.values()))).max() <= 1
+
+
+@pytest.mark.parametrize("transparent", [False, True])
+def test_palettes_have_the_right_colours(tmp_path, transparent):
+    image = patches().convert("P", palette=Image.Palette.ADAPTIVE, colors=8)
+    image.save(tmp_path / "a.png", **({"transparency": 0} if transparent else {}))
+    image.save(tmp_path / "a.gif", **({"transparency": 0} if transparent else {}))
+    for name in ("a.png", "a.gif"):
+        found = read_picture(tmp_path / name)
+        assert np.abs(patch_means(found) - np.array(list(PATCHES.values()))).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif"])
+def test_alpha_is_dropped_and_not_blended(tmp_path, name):
+    image = patches().convert("RGBA")
+    image.putalpha(Image.fromarray(np.tile(np.arange(0, 80, dtype=np.uint8) * 3 + 1, (16, 1))))
+    image.save(tmp_path / name, **({"lossless": True} if name == "a.webp" else {}))
+    assert np.array_equal(read_picture(tmp_path / name), np.asarray(patches()))
+
+
+def test_grey_is_the_same_in_all_channels(tmp_path):
+    ramp = np.tile(np.arange(80, dtype=np.uint8) * 3, (16, 1))
+    for name, image in {
+        "a.png": Image.fromarray(ramp),
+        "alpha.png": Image.merge("LA", [Image.fromarray(ramp), Image.fromarray(255 - ramp)]),
+        "a.jpg": Image.fromarray(ramp),
+    }.items():
+        image.save(tmp_path / name, **({"quality": 100} if name == "a.jpg" else {}))
+        found = read_picture(tmp_path / name)
+        assert np.abs(found.astype(int) - ramp[..., None]).max() <= (2 if name == "a.jpg" else 0)
+        assert np.ptp(found.astype(int), axis=2).max() == 0
+    bits = Image.fromarray(ramp > 100)
+    bits.save(tmp_path / "bits.png")
+    assert np.array_equal(read_picture(tmp_path / "bits.png")[..., 1], (ramp > 100) * np.uint8(255))
 
 
 def test_one_pixel_is_a_picture(tmp_path):

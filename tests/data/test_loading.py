@@ -125,6 +125,25 @@ def test_picture_boxes_and_masks_move_together(index, options):
     assert options is not KEEP or flipped == {0.0, 1.0}
 
 
+def test_objects_that_the_crop_loses_are_dropped(tmp_path):
+    """Sixteen white objects: those that are left, clipped, cover all the white that the crop shows, and no more."""
+    boxes = [[(x, y, x + 8, y + 8) for y in range(4, 64, 16) for x in range(4, 64, 16)]]
+    small = write_index(tmp_path / "d", [(64, 64)], boxes)
+    options = InputConfig(resize=Direct(side=64, low=2.0, high=2.0), flip=0.5)
+    numbers = set()
+    for batch, targets in take(training_batches(small, options, seed=1, batch_size=4, max_boxes=16), 10):
+        for picture, found, valid, ids in zip(batch.images, targets.boxes, targets.valid, targets.box_id, strict=True):
+            covered = torch.zeros(64, 64)
+            for x1, y1, x2, y2 in found[valid].tolist():
+                assert 0 <= x1 < x2 <= 64 and 0 <= y1 < y2 <= 64
+                covered[int(y1) : int(y2), int(x1) : int(x2)] = 1
+            assert torch.equal(picture[0] > 127, covered.bool())
+            assert not found[~valid].any() and not ids[~valid].any()
+            assert ids[valid].tolist() == sorted(set(ids[valid].tolist()))
+            numbers.add(int(valid.sum()))
+    assert min(numbers) == 4 and max(numbers) <= 9
+
+
 @pytest.mark.parametrize("options", [KEEP, DIRECT])
 def test_workers_change_nothing(index, options):
     runs = [
@@ -185,12 +204,43 @@ def test_flags_become_ignore_and_go_first_where_there_are_too_many(tmp_path):
     assert targets.valid[0].sum() == 8
     batches = training_batches(small, options, seed=1, batch_size=1, max_boxes=7)
     _, targets = next(batches)
-    assert targets.ignore[0].sum() == 1 and targets.valid.all()
-    assert targets.box_id[0].tolist() == sorted(targets.box_id[0].tolist())
-    assert batches.surplus == 1
-    few = training_batches(small, options, seed=1, batch_size=1, max_boxes=3)
-    chosen = {tuple(next(few)[1].box_id[0].tolist()) for _ in range(40)}
-    assert len(chosen) > 8 and {i for ids in chosen for i in ids} == {1, 3, 5, 6, 7, 8}
+    assert targets.ignore[0].sum() == 1 and targets.valid.all()  # of equal size: the last one goes
+    assert targets.box_id[0].tolist() == [1, 2, 3, 5, 6, 7, 8]
+    assert (batches.surplus, batches.left_out) == (1, 1)
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_the_largest_objects_stay_where_there_are_too_many(tmp_path, flip):
+    """Large on the canvas, that is: of the last box most lies outside the picture."""
+    sides = [10, 30, 12, 25, 12, 40, 20, 96]
+    boxes = [[(4, 4, 4 + side, 4 + side) for side in sides[:-1]] + [(90, 90, 186, 186)]]
+    flags = [0, 0, 0, 0, 0, CROWD, 0, 0]
+    small = write_index(tmp_path / "d", [(96, 96)], boxes, flags=flags)
+    options = InputConfig(resize=KeepRatio(short_sides=(96,), long_side=96), flip=flip)
+    for count, ids in ((7, [1, 2, 3, 4, 5, 7, 8]), (4, [2, 3, 4, 7]), (5, [2, 3, 4, 5, 7]), (1, [2])):
+        batches = training_batches(small, options, seed=1, batch_size=2, max_boxes=count)
+        _, targets = take(batches, 1)[0]
+        assert targets.box_id.tolist() == [ids, ids] and targets.valid.all() and not targets.ignore.any()
+        assert (batches.surplus, batches.left_out) == (2, 2 * (8 - count))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_log_counts_what_is_left_out(tmp_path, caplog, monkeypatch, workers):
+    monkeypatch.setattr(logging.getLogger("gesso"), "propagate", True)
+    options = InputConfig(resize=Direct(side=64, low=1.0, high=1.0))
+    boxes = [[(5, 5, 20 + i, 40) for i in range(5)], [(5, 5, 20, 40)]]
+    small = write_index(tmp_path / "d", [(64, 64)] * 2, boxes)
+    batches = training_batches(small, options, seed=2, batch_size=2, max_boxes=3, workers=workers)
+    assert len(take(batches, 120)) == 120
+    assert (batches.surplus, batches.left_out) == (120, 240)
+    said = [r.getMessage() for r in caplog.records]
+    assert [line.split(" of the pictures drawn")[0] for line in said] == [
+        f"{2 * count} objects left out so far, in {count}" for count in (1, 10, 100)
+    ]
+    assert all("data.max_boxes = 3" in line for line in said)
+    caplog.clear()
+    take(training_batches(small, options, seed=2, batch_size=2, max_boxes=5, workers=workers), 3)
+    assert not caplog.records
 
 
 def test_image_level_labels_reach_the_targets(tmp_path):
