@@ -21,7 +21,8 @@ class ImageBatch:
     """Pictures of one padded shape.
 
     Attributes:
-        images: (B, 3, H, W) RGB, uint8 0..255; padded right and below with zeros.
+        images: (B, 3, H, W) RGB 0..255, uint8, or floating point where it was resized without rounding; padded right
+            and below with zeros.
         sizes: (B, 2) int64, the valid height and width in the padded picture.
         scale: (B, 2) float32, pixels here per original pixel, for height and width.
         original_sizes: (B, 2) int64, height and width of the stored picture (after EXIF transposition).

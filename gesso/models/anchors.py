@@ -26,50 +26,76 @@ class AnchorConfig:
     """Height over width; the area stays."""
     scales: tuple[float, ...] = (1.0,)
     """Factors on the size, all of them on every level."""
+    sizes_per_level: int = 1
+    """With n > 1, ``sizes`` holds n sizes of each level in turn, where no factors give them exactly."""
+    fitted: bool = False
+    """Space the anchors of a level by the side of the picture over that of the map, rounded down, as torchvision does,
+    instead of by the level's stride. It matters where a side is no multiple of the coarsest stride."""
 
     def __post_init__(self) -> None:
         for name in ("sizes", "ratios", "scales"):
             values = getattr(self, name)
             if not values or min(values) <= 0:
                 raise ConfigError(f"anchors.{name} is {values}", remedy="Give one or more numbers above 0.")
+        if self.sizes_per_level < 1 or len(self.sizes) % self.sizes_per_level:
+            raise ConfigError(f"anchors.sizes has {len(self.sizes)} sizes, {self.sizes_per_level} for each level")
 
     @property
     def per_cell(self) -> int:
         """A, the anchors of one cell."""
-        return len(self.ratios) * len(self.scales)
+        return len(self.ratios) * len(self.scales) * self.sizes_per_level
+
+    def levels(self) -> list[tuple[float, ...]]:
+        """The sides of each level's square anchors, finest level first."""
+        n = self.sizes_per_level
+        groups = [self.sizes[k : k + n] for k in range(0, len(self.sizes), n)]
+        return [tuple(size * scale for size in group for scale in self.scales) for group in groups]
 
 
-def base_anchors(size: float, ratios: Sequence[float], scales: Sequence[float]) -> Tensor:
+def base_anchors(sides: Sequence[float], ratios: Sequence[float]) -> Tensor:
     """The anchors (A, 4) of a cell at the origin, ratios outermost, rounded to whole pixels."""
-    sides = torch.tensor([size * scale for scale in scales])
+    side = torch.tensor(sides)
     heights = torch.tensor(ratios).sqrt()
-    w = ((1 / heights)[:, None] * sides).flatten()
-    h = (heights[:, None] * sides).flatten()
+    w = ((1 / heights)[:, None] * side).flatten()
+    h = (heights[:, None] * side).flatten()
     return (torch.stack([-w, -h, w, h], dim=1) / 2).round()
 
 
 class AnchorGenerator(nn.Module):
     """Anchors of a whole pyramid, computed from the shapes of its maps."""
 
-    def __init__(self, config: AnchorConfig) -> None:
+    def __init__(self, config: AnchorConfig, strides: Sequence[float]) -> None:
+        """Takes the stride of each level in pixels, finest first.
+
+        Raises:
+            ConfigError: the sizes are not for as many levels.
+        """
         super().__init__()
-        self.config = config
-        self.num_levels = len(config.sizes)
-        for k, size in enumerate(config.sizes):
-            self.register_buffer(f"base{k}", base_anchors(size, config.ratios, config.scales), persistent=False)
+        levels = config.levels()
+        if len(levels) != len(strides):
+            raise ConfigError(
+                f"anchors.sizes has {len(levels)} levels, the neck {len(strides)}",
+                remedy="Give one size (or sizes_per_level) for each of the neck's levels.",
+            )
+        self.config, self.strides = config, tuple(strides)
+        for k, sides in enumerate(levels):
+            self.register_buffer(f"base{k}", base_anchors(sides, config.ratios), persistent=False)
 
     def forward(self, shapes: Sequence[tuple[int, int]], image_shape: tuple[int, int]) -> Tensor:
         """Anchors (N, 4) xyxy in pixels, level after level, in the dtype of the module.
 
         Args:
             shapes: (height, width) of each level's map.
-            image_shape: (H, W) of the padded pictures; the strides follow from it.
+            image_shape: (H, W) of the padded pictures.
         """
         levels = []
         for k, (rows, columns) in enumerate(shapes):
             base: Tensor = self.get_buffer(f"base{k}")
-            y = torch.arange(rows, device=base.device, dtype=base.dtype) * (image_shape[0] // rows)
-            x = torch.arange(columns, device=base.device, dtype=base.dtype) * (image_shape[1] // columns)
+            dy, dx = self.strides[k], self.strides[k]
+            if self.config.fitted:
+                dy, dx = image_shape[0] // rows, image_shape[1] // columns
+            y = torch.arange(rows, device=base.device, dtype=base.dtype) * dy
+            x = torch.arange(columns, device=base.device, dtype=base.dtype) * dx
             y, x = y[:, None].expand(rows, columns), x[None, :].expand(rows, columns)
             grid = torch.stack([x, y, x, y], dim=-1)
             levels.append((grid[:, :, None, :] + base).view(-1, 4))

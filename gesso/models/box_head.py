@@ -7,14 +7,21 @@ convolutions and one such layer is that of Group Normalization, section 4.2.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gesso import boxes as geometry
 from gesso.errors import ConfigError
-from gesso.models.losses import BoxLossConfig, LossTerm, box_loss, class_loss
+from gesso.models.layers import Norm, RegionLinear, conv_block
+from gesso.models.losses import (
+    BoxLossConfig,
+    LossTerm,
+    each_box_loss,
+    each_class_loss,
+    each_sigmoid_class_loss,
+)
+from gesso.models.ops.linear import Linear
 from gesso.models.roi import RoISample
 
 
@@ -26,16 +33,20 @@ class BoxHeadConfig:
     """3x3 convolutions before the fully connected layers."""
     conv_width: int = 256
     """Channels of these."""
+    norm: Norm = "none"
+    """The norm behind each convolution. Batch norm counts every region of the sample alike, background too."""
     fcs: int = 2
     """Fully connected layers."""
     width: int = 1024
     """Channels of these."""
     class_agnostic: bool = False
     """One box for each region instead of one for each class."""
+    classifier: Literal["softmax", "sigmoid"] = "softmax"
+    """One distribution over the classes and the background, or a yes or no for each class."""
     box_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
     """Factors on dx, dy, dw, dh, so that the deltas have about unit variance."""
     box_loss: BoxLossConfig = field(default_factory=BoxLossConfig)
-    """The loss of the regions' deltas."""
+    """The loss of the regions' boxes."""
 
     def __post_init__(self) -> None:
         if self.fcs < 1 or self.convs < 0:
@@ -54,7 +65,8 @@ class RegionPredictions(NamedTuple):
     """What the head says of each region.
 
     Attributes:
-        logits: (B, R, C + 1), column 0 = background, class c in column c + 1; in the dtype of the weights.
+        logits: (B, R, C + 1), column 0 = background, class c in column c + 1; with a sigmoid (B, R, C); in the dtype of
+            the weights.
         deltas: (B, R, C, 4), or (B, R, 1, 4) if class-agnostic.
     """
 
@@ -62,30 +74,55 @@ class RegionPredictions(NamedTuple):
     deltas: Tensor
 
 
-class BoxHead(nn.Module):
+class RegionHead(nn.Module):
+    """What heads on regions share: scores and losses of their predictions."""
+
+    def __init__(self, config: BoxHeadConfig, num_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_scores = num_classes + (config.classifier == "softmax")
+        self.num_boxes = 1 if config.class_agnostic else num_classes
+
+    def scores(self, predictions: RegionPredictions) -> Tensor:
+        """(B, R, C) in [0, 1], the probability of each class."""
+        if self.config.classifier == "sigmoid":
+            return predictions.logits.sigmoid()
+        return predictions.logits.softmax(dim=-1)[..., 1:]
+
+    def losses(self, predictions: RegionPredictions, regions: RoISample) -> dict[str, LossTerm]:
+        """``box_class`` and ``box_regression`` on sampled regions."""
+        counted = regions.valid.sum()
+        return {name: LossTerm(each.sum(), counted) for name, each in self.each_loss(predictions, regions).items()}
+
+    def each_loss(self, predictions: RegionPredictions, regions: RoISample) -> dict[str, Tensor]:
+        """The same of every region by itself (B, R), 0 where it is not valid."""
+        c = self.config
+        classify = each_class_loss if c.classifier == "softmax" else each_sigmoid_class_loss
+        deltas = deltas_of(predictions.deltas, regions.labels)
+        box = each_box_loss(deltas, regions.boxes, regions.truth, regions.positive, c.box_loss, c.box_weights)
+        return {
+            "box_class": classify(predictions.logits, regions.labels, regions.valid),
+            "box_regression": box,
+        }
+
+
+class BoxHead(RegionHead):
     """Pooled features -> classes and box deltas."""
 
     def __init__(self, config: BoxHeadConfig, *, channels: int, pooled_size: int, num_classes: int) -> None:
-        super().__init__()
-        self.config = config
-        self.num_boxes = 1 if config.class_agnostic else num_classes
-        self.convs = nn.ModuleList()
+        super().__init__(config, num_classes)
+        self.convs = nn.Sequential()
         for _ in range(config.convs):
-            conv = nn.Conv2d(channels, config.conv_width, 3, padding=1)
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-            self.convs.append(conv)
+            self.convs.append(conv_block(channels, config.conv_width, 3, norm=config.norm, relu=True))
             channels = config.conv_width
-        self.fcs = nn.ModuleList()
-        inputs = channels * pooled_size * pooled_size
-        for _ in range(config.fcs):
-            fc = nn.Linear(inputs, config.width)
+        self.fcs = nn.ModuleList([RegionLinear(channels, pooled_size, config.width)])
+        for _ in range(config.fcs - 1):
+            fc = Linear(config.width, config.width)
             nn.init.kaiming_uniform_(fc.weight, a=1)
             nn.init.zeros_(fc.bias)
             self.fcs.append(fc)
-            inputs = config.width
-        self.classes = nn.Linear(inputs, num_classes + 1)
-        self.boxes = nn.Linear(inputs, self.num_boxes * 4)
+        self.classes = Linear(config.width, self.num_scores)
+        self.boxes = Linear(config.width, self.num_boxes * 4)
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -94,10 +131,8 @@ class BoxHead(nn.Module):
 
     def hidden(self, pooled: Tensor) -> dict[str, Tensor]:
         """Activations (K, width) of each fully connected layer, by name, of pooled features (K, channels, S, S)."""
-        for conv in self.convs:
-            pooled = F.relu(conv(pooled))
+        values = self.convs(pooled)
         layers: dict[str, Tensor] = {}
-        values = pooled.flatten(1)
         for name, fc in zip(self.layer_names, self.fcs, strict=True):
             values = F.relu(fc(values))
             layers[name] = values
@@ -111,16 +146,13 @@ class BoxHead(nn.Module):
         deltas = self.boxes(values).to(dtype).view(batch_size, -1, self.num_boxes, 4)
         return RegionPredictions(logits=logits, deltas=deltas)
 
-    def losses(self, predictions: RegionPredictions, regions: RoISample) -> dict[str, LossTerm]:
-        """``box_class`` and ``box_regression`` on sampled regions."""
-        wanted = geometry.encode(regions.boxes, regions.truth, self.config.box_weights)
-        deltas = predictions.deltas
-        if self.config.class_agnostic:
-            own = deltas[:, :, 0]
-        else:
-            label = (regions.labels - 1).clamp(min=0)[..., None, None].expand(-1, -1, 1, 4)
-            own = deltas.gather(2, label)[:, :, 0]
-        return {
-            "box_class": class_loss(predictions.logits, regions.labels, regions.valid),
-            "box_regression": box_loss(own, wanted, regions.positive, regions.valid, self.config.box_loss),
-        }
+
+def deltas_of(deltas: Tensor, labels: Tensor) -> Tensor:
+    """The deltas (B, R, 4) of each region's own class, of (B, R, C, 4) or class-agnostic (B, R, 1, 4) ones.
+
+    ``labels`` (B, R) are 0 = background, class c is c + 1; the background gets those of class 0.
+    """
+    if deltas.shape[2] == 1:
+        return deltas[:, :, 0]
+    own = (labels - 1).clamp(min=0)[..., None, None].expand(-1, -1, 1, 4)
+    return deltas.gather(2, own)[:, :, 0]

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from gesso import boxes as geometry
 from gesso.errors import ConfigError
-from gesso.models.box_head import RegionPredictions
 from gesso.models.matching import take
 from gesso.models.ops.nms import batched_nms
 from gesso.models.rpn import has_extent
@@ -32,6 +31,8 @@ class PostprocessConfig:
     """NMS within a class drops what overlaps a better detection by more."""
     candidates: int = 2000
     """At most this many (region, class) pairs of each image enter NMS, the best ones."""
+    min_side: float = 1e-2
+    """A detection is at least this wide and high, in pixels; 0 keeps all, as torchvision's RetinaNet does."""
 
     def __post_init__(self) -> None:
         if not 0 < self.detections <= self.candidates:
@@ -48,29 +49,30 @@ class PostprocessConfig:
 def detect_regions(
     regions: Tensor,
     valid: Tensor,
-    predictions: RegionPredictions,
+    scores: Tensor,
+    deltas: Tensor,
     sizes: Tensor,
     box_weights: tuple[float, float, float, float],
     config: PostprocessConfig,
 ) -> Detections:
-    """Detections from regions (B, R, 4), ``valid`` (B, R), and what the box head says of them.
+    """Detections from regions (B, R, 4), ``valid`` (B, R), and what a head says of them.
 
     Args:
         regions: xyxy on the padded picture.
         valid: other regions give no detection.
-        predictions: softmax logits with the background in column 0, and deltas.
+        scores: (B, R, C) in [0, 1].
+        deltas: (B, R, C, 4), or (B, R, 1, 4) if class-agnostic.
         sizes: (B, 2) valid height and width, to which the boxes are clipped.
-        box_weights: of the box head's deltas.
+        box_weights: of the deltas.
         config: counts and thresholds.
     """
-    scores = predictions.logits.softmax(dim=-1)[..., 1:].masked_fill(~valid[..., None], 0)
+    scores = scores.masked_fill(~valid[..., None], 0)
     C = scores.shape[-1]
     best = scores.flatten(1).topk(min(config.candidates, scores[0].numel()), dim=1)
     region, labels = best.indices.div(C, rounding_mode="floor"), best.indices % C
-    per_class = predictions.deltas.shape[2] > 1
-    deltas = take(predictions.deltas.flatten(1, 2), best.indices if per_class else region)
-    boxes = geometry.clip(geometry.decode(take(regions, region), deltas, box_weights), sizes)
-    good = (best.values > config.min_score) & has_extent(boxes, 1e-2)
+    chosen = take(deltas.flatten(1, 2), best.indices if deltas.shape[2] > 1 else region)
+    boxes = geometry.clip(geometry.decode(take(regions, region), chosen, box_weights), sizes)
+    good = (best.values > config.min_score) & has_extent(boxes, config.min_side)
     return select_detections(boxes, best.values, labels, good, config)
 
 

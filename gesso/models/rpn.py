@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gesso import boxes as geometry
 from gesso.errors import ConfigError
 from gesso.models.anchors import AnchorGenerator, centres_inside
+from gesso.models.layers import Norm, conv_block
 from gesso.models.losses import BoxLossConfig, LossTerm, box_loss, objectness_loss
 from gesso.models.matching import match, sample, take
 from gesso.models.ops.nms import batched_nms
@@ -52,6 +52,14 @@ class RPNConfig:
     """NMS within a level drops what overlaps a better proposal by more."""
     box_loss: BoxLossConfig = field(default_factory=BoxLossConfig)
     """The loss of the anchors' deltas."""
+    convs: int = 1
+    """3x3 convolutions before the two outputs."""
+    width: int | None = None
+    """Channels of these; None = those of the maps."""
+    norm: Norm = "none"
+    """The norm behind each of them."""
+    use_padding: bool = False
+    """Anchors centred in the padding are trained on and proposed too, as in torchvision."""
 
     def __post_init__(self) -> None:
         for name in ("positive_iou", "negative_iou", "ignore_ioa", "positive_share", "nms_iou"):
@@ -59,28 +67,33 @@ class RPNConfig:
                 raise ConfigError(f"rpn.{name} is {getattr(self, name)}", remedy="Choose a number from 0 to 1.")
         if self.negative_iou > self.positive_iou:
             raise ConfigError(f"rpn.negative_iou {self.negative_iou} is above rpn.positive_iou {self.positive_iou}")
-        for name in ("samples", "before_nms", "before_nms_test", "after_nms", "after_nms_test"):
-            if getattr(self, name) < 1:
+        for name in ("samples", "before_nms", "before_nms_test", "after_nms", "after_nms_test", "convs", "width"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"rpn.{name} is {getattr(self, name)}", remedy="Choose a number above 0.")
 
 
 class RPNHead(nn.Module):
-    """A 3x3 convolution, then objectness and box deltas of each anchor, shared by all levels."""
+    """3x3 convolutions, then objectness and box deltas of each anchor, shared by all levels."""
 
-    def __init__(self, width: int, anchors_per_cell: int) -> None:
+    def __init__(self, config: RPNConfig, channels: int, anchors_per_cell: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        width = config.width or channels
+        self.convs = nn.Sequential(
+            *(conv_block(width if k else channels, width, 3, norm=config.norm, relu=True) for k in range(config.convs))
+        )
         self.objectness = nn.Conv2d(width, anchors_per_cell, 1)
         self.deltas = nn.Conv2d(width, anchors_per_cell * 4, 1)
-        for layer in (self.conv, self.objectness, self.deltas):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=0.01)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Of each level's map (B, width, h, w): logits (B, h w A) and deltas (B, h w A, 4), in the anchors' order."""
+        """Of each map (B, channels, h, w): logits (B, h w A) and deltas (B, h w A, 4), in the anchors' order."""
         logits, deltas = [], []
         for level in maps:
-            hidden = F.relu(self.conv(level))
+            hidden = self.convs(level)
             logits.append(self.objectness(hidden).permute(0, 2, 3, 1).flatten(1))
             deltas.append(self.deltas(hidden).permute(0, 2, 3, 1).reshape(len(level), -1, 4))
         return logits, deltas
@@ -93,7 +106,7 @@ class AnchorPredictions(NamedTuple):
         logits: (B, N) objectness, in the dtype of the weights.
         deltas: (B, N, 4).
         anchors: (N, 4) xyxy.
-        inside: (B, N) bool, the anchor's centre lies in the picture proper.
+        inside: (B, N) bool, the anchor is in use: its centre lies in the picture proper.
         counts: anchors of each level; their sum is N.
     """
 
@@ -121,22 +134,25 @@ class Proposals(NamedTuple):
 class RegionProposalNetwork(nn.Module):
     """Proposes boxes from the maps of a pyramid, and learns to."""
 
-    def __init__(self, config: RPNConfig, *, width: int, anchors: AnchorGenerator) -> None:
+    def __init__(self, config: RPNConfig, *, channels: int, anchors: AnchorGenerator) -> None:
         super().__init__()
         self.config = config
         self.anchors = anchors
-        self.head = RPNHead(width, anchors.config.per_cell)
+        self.head = RPNHead(config, channels, anchors.config.per_cell)
 
     def forward(self, maps: Sequence[Tensor], image_shape: tuple[int, int], sizes: Tensor) -> AnchorPredictions:
-        """Runs the head on each level (B, width, h, w) of pictures padded to ``image_shape``, of ``sizes`` (B, 2)."""
+        """Runs the head on maps (B, channels, h, w) of pictures of ``sizes`` (B, 2), padded to ``image_shape``."""
         dtype = self.head.objectness.weight.dtype
         logits, deltas = self.head(maps)
         anchors = self.anchors([(m.shape[-2], m.shape[-1]) for m in maps], image_shape)
+        inside = centres_inside(anchors, sizes)
+        if self.config.use_padding:
+            inside = torch.ones_like(inside)
         return AnchorPredictions(
             logits=torch.cat(logits, dim=1).to(dtype),
             deltas=torch.cat(deltas, dim=1).to(dtype),
             anchors=anchors,
-            inside=centres_inside(anchors, sizes),
+            inside=inside,
             counts=tuple(level.shape[1] for level in logits),
         )
 
@@ -191,11 +207,10 @@ class RegionProposalNetwork(nn.Module):
         )
         anchors = predictions.anchors.index_select(0, picked.place.flatten()).view(*picked.place.shape, 4)
         truth = take(targets.boxes.to(anchors.dtype), matches.slot.gather(1, picked.place))
-        wanted = geometry.encode(anchors, truth, _WEIGHTS)
         logits, deltas = predictions.logits.gather(1, picked.place), take(predictions.deltas, picked.place)
         return {
             "rpn_objectness": objectness_loss(logits, picked.positive, picked.valid),
-            "rpn_box": box_loss(deltas, wanted, picked.positive, picked.valid, c.box_loss),
+            "rpn_box": box_loss(deltas, anchors, truth, picked.positive, picked.valid, c.box_loss, _WEIGHTS),
         }
 
 

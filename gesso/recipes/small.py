@@ -12,6 +12,7 @@ from gesso.models.anchors import AnchorConfig
 from gesso.models.backbone import BackboneConfig
 from gesso.models.box_head import BoxHeadConfig
 from gesso.models.faster_rcnn import FasterRCNNConfig
+from gesso.models.fpn import FPNConfig
 from gesso.models.norm import NormPolicy
 from gesso.models.postprocess import PostprocessConfig
 from gesso.models.roi import RoIPoolConfig, RoISamplingConfig
@@ -25,7 +26,7 @@ def small_detector(*, pretrained: bool = False, backbone: str = "resnet10t") -> 
     """Faster R-CNN for small pictures; ``backbone`` is any timm name."""
     return FasterRCNNConfig(
         backbone=BackboneConfig(name=backbone, pretrained=pretrained, zero_init_residual=False),
-        fpn_width=64,
+        neck=FPNConfig(width=64),
         anchors=AnchorConfig(sizes=(16.0, 32.0, 64.0, 128.0, 256.0)),
         rpn=RPNConfig(samples=64, before_nms=200, before_nms_test=200, after_nms=150, after_nms_test=150),
         roi=RoISamplingConfig(samples=64),

@@ -8,6 +8,7 @@ from typing import Literal
 from gesso import config as configs
 from gesso.data.demo import DemoConfig
 from gesso.errors import ConfigError
+from gesso.models.build import DetectorConfig
 from gesso.models.faster_rcnn import FasterRCNNConfig
 from gesso.run.folder import RunFolder
 from gesso.training.loop import TrainingConfig
@@ -51,7 +52,7 @@ class RunConfig:
     """Decides the first weights, the order of samples and every random choice."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU where there is one."""
-    model: FasterRCNNConfig = field(default_factory=FasterRCNNConfig)
+    model: DetectorConfig = field(default_factory=FasterRCNNConfig)
     """The detector."""
     data: DataConfig = field(default_factory=DataConfig)
     """The data."""
