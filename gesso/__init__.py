@@ -16,10 +16,12 @@ __all__ = [
     "RunConfig",
     "RunResult",
     "TrainedDetector",
+    "from_torchvision",
     "import_data",
     "load",
     "recipe",
     "score_coco",
+    "to_torchvision",
     "train",
 ]
 

@@ -10,6 +10,7 @@ from gesso.evaluation.detections import DetectionTable
 from gesso.label_space import LabelSpace
 from gesso.recipes.catalog import find_recipe
 from gesso.run.config import RunConfig
+from gesso.run.from_torchvision import from_torchvision, to_torchvision
 from gesso.run.predictor import Predictions, TrainedDetector, load_run
 from gesso.run.session import RunResult
 from gesso.run.train import train as train_config
@@ -23,10 +24,12 @@ __all__ = [
     "RunConfig",
     "RunResult",
     "TrainedDetector",
+    "from_torchvision",
     "import_data",
     "load",
     "recipe",
     "score_coco",
+    "to_torchvision",
     "train",
 ]
 

@@ -44,7 +44,7 @@ class ProgressObserver(Observer):
 
     def row(self, row: Mapping[str, Any]) -> None:
         """The numbers that stand behind the line from now on."""
-        self._detail = f"AP {row['AP']:.3f}" if "AP" in row else describe(row)
+        self._detail = describe(row)
 
     def evaluating(self, done: int, total: int) -> None:
         """Pictures of an evaluation, shown within the stage at hand."""

@@ -18,6 +18,8 @@ import tyro
 from gesso.errors import ConfigError, nearest
 
 T = TypeVar("T")
+_MASK = "mask_"
+"""Begins the keys of the scores of masks."""
 _POSITIONAL = get_args(tyro.conf.Positional[str])[1]
 
 
@@ -89,7 +91,8 @@ def _mistake(boxed: str, words: Sequence[str], kind: type[Any], name: str, known
         if word.startswith("--") and word[2:].split("=")[0].replace("_", "-") not in options:
             return _unknown(word, kind, name, known)
     lines = [line.strip("│╭╮╰╯─") for line in boxed.splitlines()]
-    text = " ".join(" ".join(line for line in lines if not line.lstrip().startswith("For full helptext")).split())
+    inner = " ".join(line for line in lines if not line.lstrip().startswith("For full helptext"))
+    text = " ".join(re.sub("[─-]{3,}", " ", inner).split())
     see = f"See gesso {name} --help."
     if choice := re.search(r"invalid choice '(.*?)' for argument '(.*?)'. Expected one of \((.*?)\)", text):
         value, option, allowed = choice.groups()
@@ -146,7 +149,11 @@ def cell(value: object) -> str:
 
 
 def scores_text(scores: dict[str, Any]) -> str:
-    """The twelve COCO numbers and the AP of each class as two tables."""
-    totals = table(("score", "value"), [(k, v) for k, v in scores.items() if isinstance(v, float)])
+    """The twelve COCO numbers, those of masks beside them where there are any, and the AP of each class: two tables."""
+    numbers = {key: value for key, value in scores.items() if isinstance(value, float)}
+    masks = {key.removeprefix(_MASK): numbers.pop(key) for key in list(numbers) if key.startswith(_MASK)}
+    columns = ("score", "boxes", "masks") if masks else ("score", "value")
+    rows = [(key, value, *([masks.get(key)] if masks else [])) for key, value in numbers.items()]
+    totals = table(columns, rows)
     classes = sorted(scores["by_class"].items(), key=lambda item: -item[1])
     return f"{totals}\n\n{table(('class', 'AP'), classes)}"

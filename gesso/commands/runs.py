@@ -17,6 +17,7 @@ from gesso.commands.recipes import option_names, recipe_name
 from gesso.data.decode import read_picture
 from gesso.data.index import Index
 from gesso.errors import ConfigError
+from gesso.evaluation.masks import as_json
 from gesso.recipes.catalog import find_recipe
 from gesso.reports.drawing import draw_detections
 from gesso.reports.progress import JobProgress, Stage
@@ -91,7 +92,10 @@ def _stored(words: list[str], name: str) -> RunConfig | None:
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    """COCO's scores of a run's best checkpoint on an index; categories are joined by name."""
+    """COCO's scores of a run's best checkpoint on an index; categories are joined by name.
+
+    A detector that makes masks is also scored by them, where the index has masks.
+    """
 
     run: Positional[Path]
     """The run."""
@@ -116,7 +120,7 @@ def evaluate(words: list[str]) -> Result:
 
 @dataclass(frozen=True)
 class PredictArguments:
-    """Detects in pictures: COCO results JSON, and the pictures with boxes drawn on them."""
+    """Detects in pictures: COCO results JSON, and the pictures with boxes (and masks) drawn on them."""
 
     run: Positional[Path]
     """The run."""
@@ -174,16 +178,22 @@ def predict(words: list[str]) -> Result:
 
 
 def _results(image_id: int, found: Predictions, category_ids: tuple[int, ...]) -> list[dict[str, Any]]:
-    """COCO results: xywh in pixels, category ids of the run's label space."""
+    """COCO results: xywh in pixels, masks as run lengths in text, category ids of the run's label space."""
     boxes = found.xyxy.astype(float).tolist()
-    return [
+    rows: list[dict[str, Any]] = [
         {"image_id": image_id, "category_id": category_ids[c], "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
         for (x1, y1, x2, y2), c, score in zip(boxes, found.class_id.tolist(), found.confidence.tolist(), strict=True)
     ]
+    if found.masks is not None:
+        for place, row in enumerate(rows):
+            row["segmentation"] = as_json(found.masks[place])
+    return rows
 
 
 def _draw(path: Path, found: Predictions, target: Path, names: tuple[str, ...]) -> None:
-    drawn = draw_detections(read_picture(path), found.xyxy, found.names, found.confidence, classes=names)
+    drawn = draw_detections(
+        read_picture(path), found.xyxy, found.names, found.confidence, classes=names, masks=found.mask
+    )
     with files.atomic_file(target) as temporary:
         Image.fromarray(drawn).save(temporary, format="JPEG", quality=92)
 

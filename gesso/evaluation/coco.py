@@ -5,6 +5,7 @@ bit for bit. Images and categories are handed over under dense ids that keep the
 order decides between equal scores and the order of summation.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +17,13 @@ from gesso.data.records import Array, Rle
 from gesso.errors import ConfigError, DataError, nearest
 from gesso.evaluation.detection_files import read_detections
 from gesso.evaluation.detections import DetectionTable
-from gesso.evaluation.ground_truth import GroundTruth, load_ground_truth
-from gesso.evaluation.masks import to_coco
+from gesso.evaluation.ground_truth import GroundTruth, from_index, load_ground_truth
+from gesso.evaluation.masks import areas_and_boxes, check, to_coco
 
 IouType = Literal["bbox", "segm"]
 KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+MASK_KEYS = ("mask_AP", "mask_AP50", "mask_AP75", "mask_APs", "mask_APm", "mask_APl")
+"""What ``score_masks`` gives, beside ``KEYS`` of the boxes."""
 _ALL, _SMALL, _MEDIUM, _LARGE = range(4)
 _MAX_1, _MAX_10, _MAX_100 = range(3)
 _IOU_50, _IOU_75 = slice(0, 1), slice(5, 6)
@@ -57,6 +60,50 @@ def score_coco(
         detections = read_detections(detections, truth.category_ids, masks=masks)
     precision, recall, order = _count(truth, detections, where, iou_type)
     return _summary(truth, precision, recall, order)
+
+
+def score_masks(index: Index, detections: DetectionTable) -> dict[str, float]:
+    """COCO's AP of the masks of a detector on an index.
+
+    Two things differ from ``score_coco(index, detections, "segm")``. An object without a mask counts as a crowd that
+    fills its box: nothing has to find it, and what lies in it is no false positive. And the size of a detection, which
+    decides for APs, APm and APl whether an unmatched one counts, is the area of its mask, not that of its box beside it
+    (so do detectron2 and mmdetection, which leave the boxes out of the results).
+
+    Args:
+        index: has a mask of at least one object.
+        detections: have masks; their labels are in the index's order.
+
+    Returns:
+        ``MASK_KEYS``, as the keys without ``mask_`` are in ``score_coco``.
+
+    Raises:
+        DataError: a mask is broken, or a detection is on an image that the index does not have.
+    """
+    truth = from_index(index)
+    columns, sizes = index.mask_columns, truth.sizes[truth.rows].tolist()
+    masks = [None if columns is None else columns[k] for k in range(index.num_boxes)]
+    segmentations = []
+    for k, (mask, (height, width)) in enumerate(zip(masks, sizes, strict=True)):
+        try:
+            segmentations.append(_box_ring(truth.xywh[k]) if mask is None else check(to_coco(mask), (height, width)))
+        except DataError as error:
+            what = f"annotation {k} (counted from 0): {error.what}"
+            raise DataError(
+                what, where=index.path, remedy="Mend or drop the mask, and import the data again."
+            ) from error
+    crowd = truth.crowd | np.array([mask is None for mask in masks], bool)
+    truth = dataclasses.replace(truth, crowd=crowd, segmentations=segmentations)
+    if detections.masks is not None:
+        areas, _ = areas_and_boxes([m for i in range(len(detections)) if isinstance(m := detections.masks[i], Rle)])
+        detections = dataclasses.replace(detections, areas=areas)
+    scores = score_coco(truth, detections, "segm")
+    return {key: scores[key.removeprefix("mask_")] for key in MASK_KEYS}
+
+
+def _box_ring(xywh: Array) -> list[list[float]]:
+    x, y, width, height = xywh.tolist()
+    return [[x, y, x + width, y, x + width, y + height, x, y + height]]
 
 
 def _count(truth: GroundTruth, table: DetectionTable, where: str, iou_type: IouType) -> tuple[Array, Array, Array]:

@@ -56,10 +56,11 @@ class DetectionTable:
 
     @classmethod
     def concatenate(cls, tables: Sequence["DetectionTable"]) -> "DetectionTable":
-        """One table after the other. Either all of them have masks, or none."""
+        """One table after the other. Either all of them have masks, or none; tables without rows may differ."""
+        bare = [table for table in tables if not len(table) and table.masks is not None]
         tables = [table for table in tables if len(table)]
         if not tables:
-            return cls.empty()
+            return bare[0] if bare else cls.empty()
         masks = [t.masks for t in tables if t.masks is not None]
         assert len(masks) in (0, len(tables)), "some tables have masks and some have none"
         exact = any(t.xywh is not None for t in tables)

@@ -1,8 +1,9 @@
-"""Instance masks of detections as COCO run lengths: packing, areas, boxes, and the paste of a mask head's output."""
+"""Instance masks of detections as COCO run lengths: packing, areas, boxes, outlines, the paste of a head's output."""
 
 from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import hotcoco.mask
 import numpy as np
 
@@ -37,6 +38,13 @@ def to_coco(mask: RecordMask) -> Any:
     if isinstance(mask, Polygons):
         return [ring.astype(np.float64).reshape(-1).tolist() for ring in mask.rings]
     return []
+
+
+def as_json(mask: RecordMask) -> Any:
+    """As ``to_coco``, but the counts are text, as they stand in a JSON file."""
+    if isinstance(mask, Rle):
+        return {"size": list(mask.size), "counts": mask.counts.decode("ascii")}
+    return to_coco(mask)
 
 
 def check(segmentation: Any, size: tuple[int, int]) -> Any:
@@ -94,6 +102,22 @@ def areas_and_boxes(masks: Sequence[Rle]) -> tuple[Array, Array]:
     return areas, np.asarray(hotcoco.mask.to_bbox(rles), np.float64).reshape(-1, 4)
 
 
+def outline(mask: RecordMask, *, tolerance: float = 0.7) -> list[Array]:
+    """The borders of a mask as closed rings (k, 2) float64 x, y in pixels, to be filled by the even-odd rule.
+
+    Args:
+        mask: rings come back as they are; of run lengths the borders are traced; None has none.
+        tolerance: how far, in pixels, a traced border may lie from the true one, to have fewer points.
+    """
+    if isinstance(mask, Polygons):
+        return [ring.astype(np.float64) for ring in mask.rings]
+    if mask is None:
+        return []
+    found, _ = cv2.findContours(np.ascontiguousarray(rle.decode(mask)), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    rings = [cv2.approxPolyDP(ring, tolerance, closed=True)[:, 0] for ring in found]
+    return [ring + 0.5 for ring in rings if len(ring) > 2]
+
+
 def paste(probabilities: Array, box: Array, size: tuple[int, int], *, threshold: float = 0.5) -> Rle:
     """The mask of one detection on its whole picture.
 
@@ -110,15 +134,36 @@ def paste(probabilities: Array, box: Array, size: tuple[int, int], *, threshold:
     side = probabilities.shape[0]
     low = np.clip(np.floor(box[:2]), 0, (width, height)).astype(int)
     high = np.clip(np.ceil(box[2:]), low, (width, height)).astype(int)
-    across = _weights(low[0], high[0], box[0], box[2], side)
-    down = _weights(low[1], high[1], box[1], box[3], side)
-    picture = np.zeros((height, width), np.bool_)
-    picture[low[1] : high[1], low[0] : high[0]] = down @ probabilities @ across.T >= threshold
-    return rle.encode(picture)
+    near, far, by_near, by_far = _neighbours(low[1], high[1], box[1], box[3], side)
+    rows = probabilities.T[:, near] * by_near + probabilities.T[:, far] * by_far
+    near, far, by_near, by_far = _neighbours(low[0], high[0], box[0], box[2], side)
+    part = rows[near] * by_near[:, None] + rows[far] * by_far[:, None]  # column by column, as run lengths go
+    return _encode(part >= threshold, (int(low[1]), int(low[0])), size)
 
 
-def _weights(low: int, high: int, start: float, end: float, side: int) -> Array:
-    """(high - low, side): the share of each grid cell in the pixels ``low`` to ``high`` along one axis."""
+def _encode(part: Array, corner: tuple[int, int], size: tuple[int, int]) -> Rle:
+    """The RLE of a mask that lies within a part of its picture: only the part is looked at.
+
+    Args:
+        part: (w, h) bool, column by column.
+        corner: the row and column in the picture of the part's first pixel.
+        size: height and width of the picture.
+    """
+    width, height = part.shape
+    flat = np.zeros(width * (height + 1) + 1, np.bool_)  # a 0 first, and one behind each column
+    flat[1:].reshape(width, height + 1)[:, :height] = part
+    column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), height + 1)  # where runs begin and end, in turn
+    places = (corner[1] + column) * size[0] + corner[0] + row
+    again = np.flatnonzero(places[1:] == places[:-1])  # a run that goes on at the top of the next column
+    places = np.delete(places, np.concatenate([again, again + 1]))
+    counts = np.diff(np.concatenate([[0], places, [size[0] * size[1]]]))
+    return Rle(size, rle.compress(counts if counts[-1] or len(counts) == 1 else counts[:-1]))
+
+
+def _neighbours(low: int, high: int, start: float, end: float, side: int) -> tuple[Array, Array, Array, Array]:
+    """The two grid cells beside each of the pixels ``low`` to ``high`` along one axis, and their shares in it."""
     at = (np.arange(low, high) + 0.5 - start) / max(end - start, 1e-9) * side - 0.5
-    weights: Array = np.maximum(0.0, 1.0 - np.abs(at[:, None] - np.arange(side)))
-    return weights
+    cell = np.floor(at)
+    shares = [np.where((k >= 0) & (k < side), 1 - np.abs(at - k), 0.0) for k in (cell, cell + 1)]
+    cells = [np.clip(k, 0, side - 1).astype(np.int64) for k in (cell, cell + 1)]
+    return (*cells, *shares)

@@ -1,4 +1,4 @@
-"""Boxes with names and scores, drawn on pictures for people to look at.
+"""Boxes with names and scores, and masks, drawn on pictures for people to look at.
 
 Colours are Okabe and Ito's ("Color Universal Design", 2008), told apart by all common kinds of colour vision; each line
 has a dark rim, so that it shows on any ground. Pictures are uint8 (H, W, 3) RGB; boxes (n, 4) xyxy in their pixels.
@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import matplotlib
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 Picture: TypeAlias = npt.NDArray[np.uint8]
 Boxes: TypeAlias = npt.NDArray[Any]
@@ -35,6 +35,8 @@ _GREY: Colour = (160, 160, 160)
 _DARK: Colour = (20, 20, 20)
 _LIGHT: Colour = (255, 255, 255)
 _SMALLEST_TEXT = 11
+_OPACITY = 0.45
+"""Of a mask."""
 
 
 def colour_of(name: str, classes: Sequence[str] = ()) -> Colour:
@@ -73,6 +75,7 @@ def draw_detections(
     dashed: bool = False,
     ignored: Sequence[bool] | npt.NDArray[np.bool_] | None = None,
     min_side: int = 320,
+    masks: Sequence[npt.NDArray[np.bool_]] | npt.NDArray[np.bool_] | None = None,
 ) -> Picture:
     """The picture with boxes, names and scores on it; a name that would hide the names of better boxes is left out.
 
@@ -86,20 +89,25 @@ def draw_detections(
         ignored: n, drawn in grey.
         min_side: a picture with a shorter side below it is enlarged by a whole factor, so that text can be read; 0
             keeps the size.
+        masks: (n, H, W) bool, filled translucently in the colours of their classes under all boxes; or None.
 
     Returns:
         uint8 (H * f, W * f, 3), f = 1 for most pictures.
     """
     factor = max(1, -(-min_side // max(1, min(image.shape[:2]))))
+    order = np.argsort(-np.asarray(scores, np.float64), kind="stable") if scores is not None else np.arange(len(labels))
+    grey = np.zeros(len(labels), bool) if ignored is None else np.asarray(ignored, bool)
+    colours = [_GREY if out else colour_of(name, classes) for name, out in zip(labels, grey, strict=True)]
     canvas = Image.fromarray(image).convert("RGB")
     if factor > 1:
         canvas = canvas.resize((canvas.width * factor, canvas.height * factor), Image.Resampling.BICUBIC)
     style = _Style.of(canvas.size)
+    if masks is not None:
+        assert len(masks) == len(labels), "one mask for each box"
+        for i in order[::-1]:
+            _fill(canvas, masks[i], colours[i], style)
     draw = ImageDraw.Draw(canvas)
     boxes = np.asarray(xyxy, np.float64).reshape(-1, 4) * factor
-    order = np.argsort(-np.asarray(scores, np.float64), kind="stable") if scores is not None else np.arange(len(boxes))
-    grey = np.zeros(len(boxes), bool) if ignored is None else np.asarray(ignored, bool)
-    colours = [_GREY if out else colour_of(name, classes) for name, out in zip(labels, grey, strict=True)]
     for i in order[::-1]:
         _rectangle(draw, tuple(boxes[i].tolist()), colours[i], style, dashed)
     taken: list[Rectangle] = []
@@ -148,6 +156,21 @@ def draw_comparison(
         draw.text((x + text // 3, head // 2), caption, fill=_DARK, font=_font(text), anchor="lm")
         canvas.paste(Image.fromarray(part), (x, head))
     return np.asarray(canvas)
+
+
+def _fill(canvas: Image.Image, mask: npt.NDArray[np.bool_], colour: Colour, style: _Style) -> None:
+    """Lays a mask of the picture before it was enlarged over the canvas, with a border of its colour."""
+    stencil = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8))
+    region = stencil.getbbox()
+    if region is None:
+        return
+    across, down = canvas.width // stencil.width, canvas.height // stencil.height
+    stencil = stencil.crop(region).resize(((region[2] - region[0]) * across, (region[3] - region[1]) * down))
+    at = (region[0] * across, region[1] * down)
+    inner = ImageOps.expand(stencil, style.line).filter(ImageFilter.MinFilter(2 * (style.line // 2) + 1))
+    inner = ImageOps.crop(inner, style.line)
+    opacity = np.where(np.asarray(stencil) > 127, np.where(np.asarray(inner) > 127, round(255 * _OPACITY), 230), 0)
+    canvas.paste(colour, at, Image.fromarray(opacity.astype(np.uint8)))
 
 
 def _rectangle(draw: ImageDraw.ImageDraw, box: Rectangle, colour: Colour, style: _Style, dashed: bool) -> None:

@@ -82,12 +82,16 @@ class Plots:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A box on a picture: ``xyxy`` in its pixels. ``score`` is written behind the label where there is one."""
+    """A box on a picture: ``xyxy`` in its pixels. ``score`` is written behind the label where there is one.
+
+    ``outline`` holds the borders of its mask, closed rings of x, y in pixels, filled by the even-odd rule.
+    """
 
     xyxy: tuple[float, float, float, float]
     label: str
     score: float | None = None
     kind: MarkKind = "truth"
+    outline: tuple[tuple[tuple[float, float], ...], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +204,11 @@ def _place(mark: Mark, width: int, height: int) -> dict[str, float]:
     }
 
 
+def _path(mark: Mark) -> str:
+    """The outline as the ``d`` of an SVG path."""
+    return "".join("M" + " ".join(f"{x:.1f},{y:.1f}" for x, y in ring) + "Z" for ring in mark.outline)
+
+
 def _shows_ignored(gallery: Gallery) -> bool:
     return any(m.kind == "ignored" for exhibit in gallery.exhibits for marks in exhibit.marks for m in marks)
 
@@ -222,6 +231,7 @@ def _environment() -> Environment:
         mark_text=_mark_text,
         kind=_kind,
         shows_ignored=_shows_ignored,
+        path=_path,
         svg=Markup,  # plots.py escapes its words
     )
     environment.tests["numeric"] = _is_numeric

@@ -192,10 +192,11 @@ class _LeftColumn(ProgressColumn):
 def describe(row: Mapping[str, object]) -> str:
     """A row of ``metrics.jsonl`` in a few words: the loss and its parts, images/s, data wait, memory.
 
-    ``data_share`` is the wait for data as a share of the step; ``memory_gib`` the peak. Keys that are missing are left
-    out.
+    Of an evaluation: AP, and that of the masks where there is one. ``data_share`` is the wait for data as share of the
+    step; ``memory_gib`` the peak. Keys that are missing are left out.
     """
-    words = []
+    scores = [(name, _number(row, key)) for key, name in (("AP", "AP"), ("mask_AP", "mask AP"))]
+    words = [f"{name} {value:.3f}" for name, value in scores if value is not None]
     loss = _number(row, "loss")
     if loss is not None:
         parts = [

@@ -4,11 +4,15 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from gesso import log
 from gesso.data.demo import DemoConfig
 from gesso.data.demo_index import demo_index
 from gesso.data.index import Index
+from gesso.data.records import NO_MASK
 from gesso.errors import ConfigError, DataError
+from gesso.models.build import DetectorConfig
 from gesso.run.config import DataConfig
 
 logger = log.get_logger(__name__)
@@ -42,8 +46,14 @@ def _embedded(folder: Path, config: DemoConfig, progress: Progress) -> Index:
     return demo_index(folder / "data" / config.split, config, progress=report)
 
 
-def check_data(data: DataConfig) -> None:
-    """Finds what is wrong with the named data, before a folder is made."""
+def check_data(data: DataConfig, model: DetectorConfig) -> None:
+    """Finds what is wrong with the named data, also for this detector, before a folder is made.
+
+    Raises:
+        ConfigError: no training data is named.
+        DataError: an index cannot be opened, its pictures have no known size, or it has no box, or no mask where the
+            detector learns masks. Some objects without masks are fine.
+    """
     if data.train is None and data.embedded is None:
         raise ConfigError(
             "no training data is named", remedy="Give an index with --data.train (gesso data import makes one)."
@@ -54,6 +64,12 @@ def check_data(data: DataConfig) -> None:
     if train.num_boxes == 0:
         what = f"none of its {len(train)} images has a box: there is nothing to learn"
         raise DataError(what, where=data.train, remedy="Name an index with boxes.")
+    if getattr(model, "mask_head", None) is not None and not has_masks(train):
+        raise DataError(
+            f"none of its {train.num_boxes:,} objects has a mask, and the detector learns masks",
+            where=data.train,
+            remedy="Name an index with masks, or a recipe whose model.mask_head is None.",
+        )
     for index in [train] if data.val is None else [train, Index.open(data.val)]:
         unknown = int((index.widths < 1).sum())
         if unknown:
@@ -62,6 +78,12 @@ def check_data(data: DataConfig) -> None:
                 where=index.path,
                 remedy="Import the data with its pictures (without --no-images).",
             )
+
+
+def has_masks(index: Index) -> bool:
+    """Whether any object of an index has a mask."""
+    columns = index.mask_columns
+    return columns is not None and bool((np.asarray(columns.kinds) != NO_MASK).any())
 
 
 def _check_joined(train: Index, val: Index) -> None:

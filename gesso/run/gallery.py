@@ -1,4 +1,4 @@
-"""Pictures for a report: the ground truth, and beside it what each detector found, right or wrong."""
+"""Pictures for a report: the ground truth, and beside it what each detector found, right or wrong; with masks."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,10 +9,11 @@ import torch
 
 from gesso import boxes
 from gesso.data.index import Index, Objects
-from gesso.data.records import IGNORED
+from gesso.data.records import IGNORED, Mask
 from gesso.data.samples import read_indexed
 from gesso.errors import DataError
 from gesso.evaluation.detections import DetectionTable
+from gesso.evaluation.masks import outline
 from gesso.random_key import fold, stream
 from gesso.reports.html import Exhibit, Mark, MarkKind
 
@@ -27,7 +28,7 @@ def exhibits(
 
     Args:
         index: the data set.
-        found: detections in the index's label space, one table a column.
+        found: detections in the index's label space, one table a column; masks are shown where any of them has some.
         count: how many pictures at most.
         min_score: detections below it are not shown.
         seed: another seed, other pictures.
@@ -50,9 +51,12 @@ def _exhibit(index: Index, row: int, found: Sequence[DetectionTable], min_score:
     names = index.label_space.names
     objects = index.objects(row)
     ignored = (objects.flags & IGNORED) != 0
+    masks = index.masks(row) if any(table.masks is not None for table in found) else [None] * len(ignored)
     truth = tuple(
-        Mark(xyxy=_corners(box), label=names[label], kind="ignored" if is_ignored else "truth")
-        for box, label, is_ignored in zip(objects.xyxy, objects.labels.tolist(), ignored.tolist(), strict=True)
+        Mark(xyxy=_corners(box), label=names[label], kind="ignored" if is_ignored else "truth", outline=_rings(mask))
+        for box, label, is_ignored, mask in zip(
+            objects.xyxy, objects.labels.tolist(), ignored.tolist(), masks, strict=True
+        )
     )
     columns = [truth]
     for table in found:
@@ -82,7 +86,13 @@ def _marks(
         if best >= 0 and fits[best] >= MIN_IOU:
             kind, free[best] = "right", False
         marks.append(
-            Mark(xyxy=_corners(found.xyxy[i]), label=names[found.label[i]], score=float(found.score[i]), kind=kind)
+            Mark(
+                xyxy=_corners(found.xyxy[i]),
+                label=names[found.label[i]],
+                score=float(found.score[i]),
+                kind=kind,
+                outline=_rings(None if found.masks is None else found.masks[i]),
+            )
         )
     missed = [
         Mark(xyxy=_corners(box), label=names[label], kind="missed")
@@ -90,6 +100,10 @@ def _marks(
         if is_free
     ]
     return (*marks, *missed)
+
+
+def _rings(mask: Mask) -> tuple[tuple[tuple[float, float], ...], ...]:
+    return tuple(tuple((float(x), float(y)) for x, y in ring) for ring in outline(mask))
 
 
 def _corners(box: npt.NDArray[np.floating]) -> tuple[float, float, float, float]:

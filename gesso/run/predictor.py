@@ -4,8 +4,9 @@ import dataclasses
 import glob
 import importlib
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,16 +20,22 @@ from gesso import distributed
 from gesso.data.decode import upright_rgb
 from gesso.data.index import Index
 from gesso.data.loading import ALLOWANCE, MAX_SHARE, inference_batches, picture_batches
+from gesso.data.records import Array, Masks, Rle
+from gesso.data.rle import decode
 from gesso.data.transforms import InputConfig
 from gesso.errors import ConfigError, DataError, InputError, RunError
-from gesso.evaluation.coco import score_coco
+from gesso.evaluation.coco import score_coco, score_masks
 from gesso.evaluation.detections import DetectionTable
-from gesso.evaluation.predict import predict
+from gesso.evaluation.predict import Precision, predict
 from gesso.label_space import LabelSpace
 from gesso.models.build import build_detector
+from gesso.models.detector import Detector
+from gesso.models.folding import fold_batch_norm
 from gesso.models.norm import apply_norm_policy
 from gesso.run.config import RunConfig, read_run_config
+from gesso.run.data import has_masks
 from gesso.run.folder import RunFolder
+from gesso.structures import ImageBatch
 from gesso.training import checkpoint as checkpoints
 
 PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"))
@@ -47,6 +54,8 @@ class Predictions:
         class_id: (n,) int64.
         names: (n,) the class names.
         error: why the picture could not be read; None where it could.
+        masks: n run lengths (``records.Rle``) of the whole picture; None where the detector makes no masks.
+        size: height and width of the stored picture; 0 where it could not be read.
     """
 
     xyxy: npt.NDArray[np.float32]
@@ -54,9 +63,23 @@ class Predictions:
     class_id: npt.NDArray[np.int64]
     names: tuple[str, ...]
     error: str | None = None
+    masks: Masks | None = None
+    size: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
         return len(self.confidence)
+
+    @property
+    def mask(self) -> npt.NDArray[np.bool_] | None:
+        """(n, height, width) bool, the masks drawn out on every call; None where the detector makes no masks."""
+        if self.masks is None:
+            return None
+        drawn = np.zeros((len(self), *self.size), np.bool_)
+        for place in range(len(self)):
+            one = self.masks[place]
+            assert isinstance(one, Rle), "a detection has no mask"
+            drawn[place] = decode(one)
+        return drawn
 
     def of_classes(self, names: Collection[str]) -> "Predictions":
         """Those of some classes, by name."""
@@ -67,6 +90,7 @@ class Predictions:
             confidence=self.confidence[keep],
             class_id=self.class_id[keep],
             names=tuple(name for name in self.names if name in names),
+            masks=None if self.masks is None else self.masks.take(np.flatnonzero(keep)),
         )
 
     def to_supervision(self) -> Any:
@@ -78,7 +102,7 @@ class Predictions:
             raise ConfigError(what, remedy="pip install 'gesso[supervision]'.") from error
         labels = dict(zip(self.class_id.tolist(), self.names, strict=True))
         every = [labels.get(i, "") for i in range(max(labels, default=-1) + 1)]
-        return module.to_supervision(self.xyxy, self.confidence, self.class_id, every)
+        return module.to_supervision(self.xyxy, self.confidence, self.class_id, every, self.mask)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,11 +110,12 @@ class TrainedDetector:
     """A detector with what it needs to be used.
 
     Attributes:
-        detector: the module, on ``device``.
+        detector: the module, on ``device``; what it knows is taken over at the first use.
         label_space: the categories that it predicts.
         input: how pictures become its input.
         device: where it runs.
         batch_size: pictures at a time.
+        precision: "bfloat16" is mixed precision; otherwise the types of the module count.
     """
 
     detector: nn.Module
@@ -98,6 +123,12 @@ class TrainedDetector:
     input: InputConfig
     device: torch.device
     batch_size: int = 8
+    precision: Precision = "float32"
+
+    @cached_property
+    def ready(self) -> nn.Module:
+        """The detector as it is run: with its batch norms folded into the convolutions."""
+        return fold_batch_norm(self.detector) if isinstance(self.detector, Detector) else self.detector
 
     def predict(
         self,
@@ -126,23 +157,33 @@ class TrainedDetector:
             raise InputError("one picture was given instead of a list", remedy="Write predict([picture]).")
         given = [_as_read(p, place) for place, p in enumerate(pictures)]
         batches = picture_batches(given, self.input, batch_size=self.batch_size)
-        found = predict(self.detector, batches, device=self.device, progress=progress)
+        sizes = np.zeros((len(given), 2), np.int64)
+        found = predict(
+            self.ready,
+            _noting(batches, sizes),
+            device=self.device,
+            precision=self.precision,
+            progress=progress,
+        )
         if batches.broken and strict:
             raise batches.broken[0].error
         starts = np.searchsorted(found.image_id, np.arange(len(given) + 1))
-        every = [self._of_picture(found, slice(a, b), min_score) for a, b in itertools.pairwise(starts)]
+        every = [
+            dataclasses.replace(self._of_rows(found, np.arange(a, b), min_score), size=(height, width))
+            for (a, b), (height, width) in zip(itertools.pairwise(starts), sizes.tolist(), strict=True)
+        ]
         for broken in batches.broken:
             every[broken.row] = dataclasses.replace(every[broken.row], error=str(broken.error))
         return every
 
-    def _of_picture(self, found: DetectionTable, rows: slice, min_score: float) -> Predictions:
-        keep = found.score[rows] >= min_score
-        labels = found.label[rows][keep]
+    def _of_rows(self, found: DetectionTable, rows: Array, min_score: float) -> Predictions:
+        here = found.take(rows[found.score[rows] >= min_score])
         return Predictions(
-            xyxy=found.xyxy[rows][keep].astype(np.float32),
-            confidence=found.score[rows][keep].astype(np.float32),
-            class_id=labels,
-            names=tuple(self.label_space.names[i] for i in labels.tolist()),
+            xyxy=here.xyxy.astype(np.float32),
+            confidence=here.score.astype(np.float32),
+            class_id=here.label,
+            names=tuple(self.label_space.names[i] for i in here.label.tolist()),
+            masks=here.masks,
         )
 
     def detect(
@@ -156,7 +197,12 @@ class TrainedDetector:
         batches = inference_batches(index, self.input, batch_size=self.batch_size, workers=workers)
         try:
             found = predict(
-                self.detector, batches, device=self.device, image_ids=np.asarray(index.image_ids), progress=progress
+                self.ready,
+                batches,
+                device=self.device,
+                precision=self.precision,
+                image_ids=np.asarray(index.image_ids),
+                progress=progress,
             )
         finally:
             batches.close()
@@ -174,6 +220,9 @@ class TrainedDetector:
     ) -> tuple[dict[str, Any], DetectionTable]:
         """COCO's scores on an index, joined by category name, and the detections (in the index's label space).
 
+        They are those of the boxes (``coco.KEYS`` and ``by_class``); where the detector makes masks and the index has
+        some, also ``coco.MASK_KEYS`` of the masks (see ``coco.score_masks``).
+
         Raises:
             DataError: the detector and the index share no category.
         """
@@ -186,7 +235,18 @@ class TrainedDetector:
                 remedy="Evaluate on data with the same category names.",
             )
         mapped = self.detect(index, workers=workers, progress=progress).map_labels(there)
-        return score_coco(index, mapped), mapped
+        scores = score_coco(index, mapped)
+        if mapped.masks is not None and has_masks(index):
+            scores |= score_masks(index, mapped)
+        return scores, mapped
+
+
+def _noting(batches: Iterable[ImageBatch], sizes: Array) -> Iterator[ImageBatch]:
+    """The batches, while ``sizes`` (N, 2) takes the height and width of each picture that comes along."""
+    for batch in batches:
+        real = batch.image_index >= 0
+        sizes[batch.image_index[real].numpy()] = batch.original_sizes[real].numpy()
+        yield batch
 
 
 def _as_read(picture: object, place: int) -> Path | npt.NDArray[np.uint8]:
@@ -242,6 +302,8 @@ def load_run(path: Path, *, device: str = "auto") -> TrainedDetector:
         if name == found.state.stage:
             break
     detector.load_state_dict(found.weights())
+    if stage.precision == "float64":
+        detector.double()
     place = distributed.choose_device(device)
     return TrainedDetector(
         detector=detector.to(place).eval(),
@@ -249,6 +311,7 @@ def load_run(path: Path, *, device: str = "auto") -> TrainedDetector:
         input=stage.input,
         device=place,
         batch_size=config.data.inference_batch_size,
+        precision=stage.precision,
     )
 
 

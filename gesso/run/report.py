@@ -8,6 +8,7 @@ from typing import Any
 import gesso
 from gesso.config import flatten
 from gesso.data.index import Index
+from gesso.evaluation.coco import MASK_KEYS
 from gesso.evaluation.detection_files import read_detections
 from gesso.evaluation.detections import DetectionTable
 from gesso.reports.comparison import Arm, Point, comparison_report
@@ -28,8 +29,9 @@ def write_run_report(folder: RunFolder, val: Index | None) -> Path:
     losses = [row for row in rows if "loss" in row]
     sections: list[Section] = []
     if evaluations:
-        table = [(f"step {row['step']:,}", *(_known(row[key]) for key in SCORES)) for row in evaluations]
-        sections.append(Table(title="Scores on the validation data", columns=("after", *SCORES), rows=tuple(table)))
+        sections.append(_score_table("Scores on the validation data", SCORES, evaluations))
+        if masked := [row for row in evaluations if MASK_KEYS[0] in row]:
+            sections.append(_score_table("Scores of the masks", MASK_KEYS, masked))
     sections.append(_curves(losses, evaluations))
     if val is not None and evaluations:
         found = last_detections(folder, val)
@@ -93,15 +95,21 @@ def write_comparison(
 
 
 def last_detections(folder: RunFolder, val: Index) -> DetectionTable:
-    """The detections of the run's last evaluation, in the label space of the validation data."""
-    step = folder.evaluations()[-1]["step"]
-    return read_detections(folder.detections / f"{step:08d}" / "detections.parquet", val.label_space.ids)
+    """The detections of the run's last evaluation, in the label space of the validation data; with scored masks."""
+    last = folder.evaluations()[-1]
+    path = folder.detections / f"{last['step']:08d}" / "detections.parquet"
+    return read_detections(path, val.label_space.ids, masks=MASK_KEYS[0] in last)
 
 
 def footer(environment: Mapping[str, Any]) -> str:
     """Version, machine and date in a line."""
     place = environment["gpu"] or f"{environment['threads']} CPU threads"
     return f"Gesso {gesso.__version__}, torch {environment['torch']}, {place}, {time.strftime('%Y-%m-%d')}"
+
+
+def _score_table(title: str, keys: Sequence[str], evaluations: Sequence[Mapping[str, Any]]) -> Table:
+    rows = [(f"step {row['step']:,}", *(_known(row[key]) for key in keys)) for row in evaluations]
+    return Table(title=title, columns=("after", *(key.removeprefix("mask_") for key in keys)), rows=tuple(rows))
 
 
 def _arm(name: str, phrase: str, folder: RunFolder) -> Arm:
@@ -129,10 +137,20 @@ def _curves(losses: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[s
         plots.append(Plot(svg=svg, caption="Training loss", alt=f"The loss falls to {losses[-1]['loss']:.2f}."))
     evaluations = [row for row in evaluations if _known(row["AP"]) is not None]
     if len(evaluations) > 1:
-        line = Series(name="AP", x=[row["step"] for row in evaluations], y=[row["AP"] for row in evaluations])
-        svg = line_plot([line], x_label="step", y_label="AP", y_zero=True, dots=True)
-        plots.append(Plot(svg=svg, caption="AP on the validation data", alt=f"AP ends at {evaluations[-1]['AP']:.3f}."))
+        plots.append(_score_plot(evaluations))
     return Plots(title="Curves", plots=tuple(plots))
+
+
+def _score_plot(evaluations: Sequence[Mapping[str, Any]]) -> Plot:
+    """AP over the steps, that of the masks beside that of the boxes where there is one."""
+    lines, ends = [], []
+    for key, name in (("AP", "AP"), (MASK_KEYS[0], "AP of the masks")):
+        known = [row for row in evaluations if key in row and _known(row[key]) is not None]
+        if known:
+            lines.append(Series(name=name, x=[row["step"] for row in known], y=[row[key] for row in known]))
+            ends.append(f"{name} ends at {known[-1][key]:.3f}.")
+    svg = line_plot(lines, x_label="step", y_label="AP", y_zero=True, dots=True)
+    return Plot(svg=svg, caption="AP on the validation data", alt=" ".join(ends))
 
 
 def _settings(folder: RunFolder) -> dict[str, Any]:
@@ -143,7 +161,10 @@ def _verdict(evaluations: Sequence[Mapping[str, Any]]) -> str:
     if not evaluations:
         return ". Nothing was evaluated."
     ap = _known(evaluations[-1]["AP"])
-    return "; the validation data has no object to measure on." if ap is None else f"; AP {ap:.3f}."
+    if ap is None:
+        return "; the validation data has no object to measure on."
+    of_masks = _known(evaluations[-1].get(MASK_KEYS[0], -1.0))
+    return f"; AP {ap:.3f}." if of_masks is None else f"; AP {ap:.3f}, of the masks {of_masks:.3f}."
 
 
 def _known(value: float) -> float | None:

@@ -1,6 +1,7 @@
 """One process's work on a run: stage after stage, from the newest checkpoint to the end."""
 
 import importlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from torch import nn
 
 from gesso import config as configs
 from gesso import distributed, log
-from gesso.data.loading import training_batches
+from gesso.data.loading import TrainingBatches, training_batches
 from gesso.errors import InputError, Interrupted, RunError
-from gesso.evaluation.coco import KEYS
+from gesso.evaluation.coco import KEYS, MASK_KEYS
 from gesso.evaluation.detection_files import write_detections
+from gesso.models.detector import Detector
 from gesso.models.norm import NormPolicy, apply_norm_policy
 from gesso.random_key import fold, stream
 from gesso.run.config import RunConfig
@@ -26,8 +28,9 @@ from gesso.run.report import write_run_report
 from gesso.training import checkpoint as checkpoints
 from gesso.training.checkpoint import Checkpoint, CheckpointState
 from gesso.training.ema import EMA
-from gesso.training.loop import Callbacks, Row, Stage, TrainingConfig, run_stage
+from gesso.training.loop import Batches, Callbacks, Row, Stage, TrainingConfig, run_stage
 from gesso.training.optimizer import build_optimizer
+from gesso.training.worst_case import largest_shape, rehearse
 
 logger = log.get_logger(__name__)
 
@@ -122,7 +125,9 @@ class Session:
             self.base += stage_config.steps
         write_run_report(self.folder, self.val_index)
         evaluations = self.folder.evaluations()
-        scores = {key: evaluations[-1][key] for key in (*KEYS, "by_class")} if evaluations else None
+        last = evaluations[-1] if evaluations else None
+        kept = (*KEYS, *MASK_KEYS, "by_class")
+        scores = None if last is None else {key: last[key] for key in kept if key in last}
         images = sum(stage.steps * stage.batch_size for _, stage in stages)
         return RunResult(path=self.folder.path, scores=scores, seconds=seconds, images=images)
 
@@ -201,6 +206,7 @@ class Session:
             first_sample=stage.sample,
             workers=data.workers,
             max_boxes=data.max_boxes,
+            mask_side=stage.module.mask_side if isinstance(stage.module, Detector) else 0,
         )
         last = name == self.config.stages()[-1][0]
         callbacks = Callbacks(
@@ -211,7 +217,7 @@ class Session:
             should_stop=self.observer.should_stop,
         )
         try:
-            run_stage(stage, batches, callbacks)
+            run_stage(stage, self._rehearsed(name, stage, batches), callbacks)
         finally:
             batches.close()
         if stage.stopped and not (last and stage.step == stage.config.steps):
@@ -220,6 +226,13 @@ class Session:
                 where=self.folder.path,
                 remedy=f"Go on with: {self.how_to_resume}" if self.how_to_resume else "Go on with resume=True.",
             )
+
+    def _rehearsed(self, name: str, stage: Stage, batches: TrainingBatches) -> Batches:
+        """The same batches, after the largest step of the stage was tried while loaders make them: ``rehearse``."""
+        first, index = next(batches), self.train_index
+        shape = largest_shape(stage.config.input, index.heights, index.widths)
+        rehearse(stage, first, shape, name=name, begun=self.base + stage.step > 0)
+        return itertools.chain([first], batches)
 
     def _row(self, name: str, step: int, row: Row) -> None:
         before = sum(s.steps * s.batch_size for _, s in self.config.stages()[: self._number(name)])
@@ -244,6 +257,7 @@ class Session:
             input=stage.config.input,
             device=self.device,
             batch_size=self.config.data.inference_batch_size,
+            precision=stage.config.precision,
         )
         done, total, index = [0], len(self.val_index), self.val_index
 

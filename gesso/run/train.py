@@ -55,7 +55,7 @@ def train(
             "training with several processes is not built yet", remedy="Start one process, without torchrun."
         )
     config = with_absolute_paths(config)
-    check_data(config.data)
+    check_data(config.data, config.model)
     if resume:
         folder = RunFolder.open(out)
         check_same(folder, config)

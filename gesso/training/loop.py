@@ -6,6 +6,7 @@ that a step that is not finite (and every later one) changes nothing. The host r
 while the next one runs.
 """
 
+import functools
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -112,6 +113,19 @@ class Stage:
     def __post_init__(self) -> None:
         self.alive = torch.ones((), device=self.device)
 
+    @property
+    def compiles(self) -> bool:
+        """Whether the forward pass is compiled."""
+        return self.device.type == "cuda" if self.config.compile is None else self.config.compile
+
+    @functools.cached_property
+    def forward(self) -> Callable[..., dict[str, Tensor]]:
+        """The module, or its compiled form; made once, so that a graph that is there is used again."""
+        if not self.compiles:
+            return self.module
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+        return torch.compile(self.module, fullgraph=True, dynamic=False)
+
 
 @dataclass
 class _Clock:
@@ -133,7 +147,7 @@ class _Clock:
 
 
 @dataclass(frozen=True)
-class _Numbers:
+class Numbers:
     """The losses, the gradient norm and the flag (K + 1,) of a step, on their way to the host."""
 
     names: tuple[str, ...]
@@ -153,7 +167,7 @@ class _Pending:
     """A step whose numbers the host has not read yet, and the rest of its row where one is due."""
 
     step: int
-    numbers: _Numbers
+    numbers: Numbers
     row: Row | None
 
 
@@ -165,12 +179,11 @@ def run_stage(stage: Stage, batches: Batches, callbacks: Callbacks) -> None:
             before that step, and the stage cannot go on.
     """
     config, pending, clock = stage.config, None, _Clock()
-    forward = _compiled(stage)
     while stage.step < config.steps and not stage.stopped:
         began = time.perf_counter()
         batch, targets = next(batches)
         loaded = time.perf_counter()
-        numbers = _step(stage, forward, to_device(batch, stage.device), to_device(targets, stage.device))
+        numbers = train_step(stage, to_device(batch, stage.device), to_device(targets, stage.device))
         if pending is not None:
             _read(stage, pending, callbacks)
         stage.step += 1
@@ -202,19 +215,23 @@ def _pause(stage: Stage, pending: _Pending, callbacks: Callbacks) -> _Pending | 
     return None
 
 
-def _step(stage: Stage, forward: Callable[..., dict[str, Tensor]], batch: ImageBatch, targets: Targets) -> _Numbers:
-    """One update. Nothing here waits for the device."""
+def train_step(stage: Stage, batch: ImageBatch, targets: Targets) -> Numbers:
+    """One update, of a batch that is on the device. Nothing here waits for the device.
+
+    Where ``stage.alive`` is 0, weights, moments, averages and running statistics stay what they are, and the same work
+    is done.
+    """
     config = stage.config
     # For dropout and drop path of libraries; everything else hashes the samples' keys.
     torch.manual_seed(fold(stage.seed, stage.step, rank()))
     set_rate(stage.optimizer, rate_factor(config.schedule, stage.step, config.steps))
     stage.module.train()
+    stage.optimizer.zero_grad(set_to_none=True)  # before the forward pass, whose activations need the room
     buffers = _by_dtype(stage.module.buffers())
     before = [_joined(group) for group in buffers]
     with torch.autocast(stage.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        losses = forward(batch, targets)
+        losses = stage.forward(batch, targets)
     total = torch.stack(list(losses.values())).sum()
-    stage.optimizer.zero_grad(set_to_none=True)
     total.backward()  # type: ignore[no-untyped-call]
     norm = _clip(stage.optimizer, config.clip_norm)
     stage.alive = stage.alive * (torch.isfinite(total) & torch.isfinite(norm))
@@ -253,14 +270,14 @@ def _write(tensors: list[Tensor], values: Tensor) -> None:
     torch._foreach_copy_(tensors, [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)])
 
 
-def _send(names: tuple[str, ...], values: Tensor) -> _Numbers:
+def _send(names: tuple[str, ...], values: Tensor) -> Numbers:
     """Starts the copy of a step's numbers to the host (pinned memory) without waiting for it."""
     if not values.is_cuda:
-        return _Numbers(names, values.detach(), None)
+        return Numbers(names, values.detach(), None)
     values = values.detach().to("cpu", non_blocking=True)
     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record()
-    return _Numbers(names, values, copied)
+    return Numbers(names, values, copied)
 
 
 def _read(stage: Stage, pending: _Pending, callbacks: Callbacks) -> None:
@@ -288,21 +305,12 @@ def _row(stage: Stage, clock: _Clock) -> Row:
         **clock.speed(config.batch_size),
         "seconds": stage.seconds,
         "images": stage.step * config.batch_size,
-        "memory_gib": _memory(stage.device),
+        "memory_gib": peak_memory(stage.device),
     }
 
 
-def _memory(device: torch.device) -> float:
+def peak_memory(device: torch.device) -> float:
+    """GiB: on a GPU the most that tensors held, on a CPU the largest resident set of this process so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _compiled(stage: Stage) -> Callable[..., dict[str, Tensor]]:
-    wanted = stage.config.compile
-    if wanted is None:
-        wanted = stage.device.type == "cuda"
-    if not wanted:
-        return stage.module
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
-    return torch.compile(stage.module, fullgraph=True, dynamic=False)

@@ -7,12 +7,25 @@ from hypothesis import strategies as st
 
 from gesso.data.index import Index
 from gesso.data.index_writer import IndexWriter
-from gesso.data.records import CROWD, DIFFICULT, GROUP_OF, IGNORE, ImageBlock, Masks, ObjectBlock, Source, Strings
+from gesso.data.records import (
+    CROWD,
+    DIFFICULT,
+    GROUP_OF,
+    IGNORE,
+    ImageBlock,
+    Masks,
+    ObjectBlock,
+    Polygons,
+    Source,
+    Strings,
+)
+from gesso.data.rle import encode
 from gesso.errors import ConfigError, DataError
 from gesso.evaluation import coco
-from gesso.evaluation.coco import KEYS, score_coco
+from gesso.evaluation.coco import KEYS, MASK_KEYS, score_coco, score_masks
 from gesso.evaluation.detections import DetectionTable
 from gesso.evaluation.ground_truth import load_ground_truth
+from gesso.evaluation.masks import pack
 from gesso.label_space import LabelSpace
 from tests.evaluation.coco_cases import pycocotools_counts, random_case
 
@@ -263,8 +276,6 @@ def test_ignored_objects_of_an_index_count_for_nothing(tmp_path, flag, ap):
 
 def test_an_index_with_masks(tmp_path):
     truth = small_truth()
-    from gesso.data.rle import encode
-
     picture = np.zeros((20, 30), np.uint8)
     picture[:9, :9] = 1
     path = index_of(tmp_path, truth, masks=[encode(picture)])
@@ -285,3 +296,54 @@ def test_an_index_without_masks_or_with_equal_ids_is_refused(tmp_path):
     (tmp_path / "b").mkdir()
     with pytest.raises(DataError, match="two images have the id 1"):
         score_coco(index_of(tmp_path / "b", truth), DetectionTable.empty())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_masks_of_detections_with_boxes_are_scored_as_pycocotools_scores_them_without(tmp_path, seed):
+    """The area of a mask decides which range it is in, whatever box stands beside it."""
+    truth, results = random_case(seed, masks=True)
+    masks = []
+    for annotation in truth["annotations"]:
+        segmentation = annotation["segmentation"]
+        if isinstance(segmentation, dict):
+            masks.append(pack(segmentation))
+            continue
+        ring = np.array(segmentation[0], np.float32)
+        annotation["segmentation"] = [ring.astype(float).tolist()]
+        masks.append(Polygons((ring.reshape(-1, 2),)))
+    gt, dt = write(tmp_path, truth, results)
+    found = coco.read_detections(dt, load_ground_truth(gt).category_ids, masks=True)
+    wide = np.concatenate([found.xyxy[:, :2], found.xyxy[:, :2] + 500], axis=1)
+    table = DetectionTable(image_id=found.image_id, label=found.label, score=found.score, xyxy=wide, masks=found.masks)
+    *_, stats = pycocotools_counts(truth, results, "segm")
+    scores = score_masks(Index.open(index_of(tmp_path, truth, masks=masks)), table)
+    assert list(scores) == list(MASK_KEYS) and list(scores.values()) == stats[:6].tolist()
+
+
+def test_objects_without_a_mask_are_neither_missed_nor_false_when_masks_are_scored(tmp_path):
+    truth = small_truth()
+    truth["annotations"].append(truth["annotations"][0] | {"id": 2, "bbox": [15, 5, 10, 10]})
+    picture = np.zeros((2, 20, 30), np.uint8)
+    picture[0, :9, :9] = 1
+    picture[1, 6:14, 16:24] = 1
+    index = Index.open(index_of(tmp_path, truth, masks=[encode(picture[0]), None]))
+
+    def found(*places):
+        table = DetectionTable(
+            image_id=[1] * len(places),
+            label=[0] * len(places),
+            score=[0.9 if place else 0.5 for place in places],
+            xyxy=[[0, 0, 9, 9]] * len(places),
+            masks=Masks.of([encode(picture[place]) for place in places]),
+        )
+        return score_masks(index, table)["mask_AP"]
+
+    assert found(0) == pytest.approx(1)
+    assert found(0, 1) == pytest.approx(1), "what lies in the box of the object without a mask is not judged"
+    assert found(1) == 0
+    assert score_masks(index, DetectionTable.empty())["mask_AP"] == 0
+
+
+def test_no_mask_at_all_can_be_scored_on_nothing(tmp_path):
+    index = Index.open(index_of(tmp_path, small_truth()))
+    assert set(score_masks(index, DetectionTable.empty()).values()) == {-1.0}

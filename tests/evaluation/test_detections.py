@@ -238,3 +238,13 @@ def test_numbers_beyond_64_bits_are_refused_in_both_files(tmp_path, gesso, key):
     truth["annotations"][0][key] = 10**30
     gt.write_text(json.dumps(truth))
     assert key in gesso.mistake("score", "coco", "--gt", gt, "--dt", dt)
+
+
+def test_tables_without_rows_keep_that_there_are_masks():
+    nothing = table(3, masks=True).take(np.zeros(0, np.int64))
+    for joined in ([nothing], [DetectionTable.empty(), nothing], [nothing, nothing]):
+        one = DetectionTable.concatenate(joined).ordered()
+        assert len(one) == 0 and one.masks is not None and len(one.masks) == 0
+    assert DetectionTable.concatenate([DetectionTable.empty()]).masks is None
+    some = table(2, masks=True)
+    assert_same(DetectionTable.concatenate([DetectionTable.empty(), nothing, some]), some)

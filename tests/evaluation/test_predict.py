@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -98,6 +99,17 @@ def test_nothing_found_and_no_batches():
 
     assert len(predict(Blind(), [batch([0])], device="cpu")) == 0
     assert len(predict(Lookup(), [], device="cpu")) == 0
+
+
+def test_a_detector_of_masks_that_finds_nothing_still_makes_masks():
+    class Blind(Lookup):
+        def forward(self, batch):
+            found = super().forward(batch)
+            return dataclasses.replace(found, valid=torch.zeros_like(found.valid))
+
+    masks = predict(Blind(masks=True), [batch([0]), batch([1])], device="cpu").masks
+    assert masks is not None and len(masks) == 0
+    assert predict(Blind(), [batch([0])], device="cpu").masks is None
 
 
 def test_masks_are_pasted_on_their_pictures():

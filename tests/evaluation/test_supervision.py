@@ -19,3 +19,11 @@ def test_columns_and_names():
 def test_no_detections():
     found = to_supervision(np.zeros((0, 4)), np.zeros(0), np.zeros(0), ("cat",))
     assert len(found) == 0
+
+
+def test_masks_go_along():
+    masks = np.zeros((2, 6, 8), bool)
+    masks[0, 1:4, 2:5] = True
+    found = to_supervision(np.zeros((2, 4)), np.array([0.9, 0.2]), np.array([1, 0]), ("cat", "dog"), masks)
+    assert np.array_equal(found.mask, masks) and found[1:].mask.shape == (1, 6, 8)
+    assert to_supervision(np.zeros((0, 4)), np.zeros(0), np.zeros(0), (), np.zeros((0, 6, 8), bool)).mask.shape[0] == 0

@@ -83,3 +83,44 @@ def test_comparison_stands_side_by_side():
     assert 0 < colour[:, : width // 2].sum() < colour[:, width // 2 :].sum()
     nothing = draw_comparison(grey(), (np.zeros((0, 4)), []), (np.zeros((0, 4)), [], []))
     assert nothing.shape == picture.shape
+
+
+def test_a_mask_is_filled_in_the_colour_of_its_class_and_lets_the_picture_through():
+    image = grey()
+    image[:, 250:] = 60
+    mask = np.zeros((1, 400, 500), bool)
+    mask[0, 150:250, 150:350] = True
+    box = np.array([[100, 120, 400, 300]])
+    plain = draw_detections(image, box, ["b"], [0.9], classes=["a", "b"])
+    drawn = draw_detections(image, box, ["b"], [0.9], classes=["a", "b"], masks=mask)
+    changed = (plain != drawn).any(-1)
+    assert (changed == mask[0]).all()
+    for column, ground in ((200, 128), (300, 60)):
+        expected = 0.45 * np.array(PALETTE[1]) + 0.55 * ground
+        assert np.abs(drawn[200, column] - expected).max() < 1.5
+    assert np.abs(drawn[150, 200].astype(float) - PALETTE[1]).max() < 12, "its border is nearly its colour"
+
+
+def test_masks_of_better_detections_lie_on_top_and_all_boxes_above():
+    masks = np.ones((2, 400, 500), bool)
+    boxes = np.array([[100, 120, 300, 260], [50, 50, 450, 350]])
+    names, scores = ["a", "b"], [0.9, 0.2]
+    drawn = draw_detections(grey(), boxes, names, scores, classes=names, masks=masks)
+    alone = draw_detections(grey(), boxes, names, scores, classes=names)
+    for colour in PALETTE[:2]:
+        assert has(drawn, colour).sum() == has(alone, colour).sum()
+    expected = 0.45 * np.array(PALETTE[0]) + 0.55 * (0.45 * np.array(PALETTE[1]) + 0.55 * 128)
+    assert np.abs(drawn[200, 200] - expected).max() < 2
+    ignored = draw_detections(grey(), boxes, names, classes=names, masks=masks, ignored=[True, True])
+    assert (ignored[200, 200] == ignored[200, 200, 0]).all()
+
+
+def test_masks_of_small_pictures_are_enlarged_and_empty_ones_are_nothing():
+    mask = np.zeros((2, 64, 100), bool)
+    mask[0, 16:32, 50:75] = True
+    drawn = draw_detections(grey(64, 100), np.zeros((2, 4)), ["a", "a"], classes=["a"], masks=mask)
+    plain = draw_detections(grey(64, 100), np.zeros((2, 4)), ["a", "a"], classes=["a"])
+    rows, columns = np.nonzero((drawn != plain).any(-1))
+    assert drawn.shape == (320, 500, 3)
+    assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (80, 160, 250, 375)
+    assert (draw_detections(grey(), np.zeros((0, 4)), [], masks=np.zeros((0, 400, 500), bool)) == 128).all()

@@ -194,3 +194,17 @@ def test_labels_stay_on_the_picture():
     text = render_report(Report(title="t", summary="s", sections=(gallery,)))
     for x, y in re.findall(r'<text class="wrong" x="([-\d.]+)" y="([-\d.]+)"', text):
         assert 0 <= float(x) < 64 and 0 < float(y) <= 48
+
+
+def test_masks_of_marks_are_paths_below_their_boxes():
+    rings = (((1.0, 2.0), (30.25, 2.0), (30.0, 40.0)), ((5.0, 5.0), (9.0, 5.0), (9.0, 9.0)))
+    marks = (
+        (Mark(xyxy=(1, 2, 30, 40), label="cat", outline=rings), Mark(xyxy=(1, 2, 30, 40), label="dog")),
+        (Mark(xyxy=(1, 2, 30, 41), label="cat", score=0.875, kind="right"),),
+    )
+    gallery = Gallery(title="g", columns=("a", "b"), exhibits=(Exhibit(pixels=picture(), caption="c", marks=marks),))
+    text = render_report(Report(title="t", summary="s", sections=(gallery,)))
+    Page(text)
+    path = '<path class="truth" d="M1.0,2.0 30.2,2.0 30.0,40.0ZM5.0,5.0 9.0,5.0 9.0,9.0Z"/>'
+    assert text.count("<path") == text.count(path) == 1
+    assert text.index(path) < text.index("<rect")

@@ -109,6 +109,9 @@ def test_describe():
     }
     assert describe(row) == "loss 1.500 (rpn_box 0.250 class 1.250), 53.2 img/s, data wait 5%, 1.00 GiB"
     assert describe({}) == ""
+    scores = {"step": 12, "stage": "training", "seconds": 3.5, "AP": 0.25, "AP50": 0.5, "by_class": {}}
+    assert describe(scores) == "AP 0.250"
+    assert describe(scores | {"mask_AP": 0.125, "mask_AP50": 0.25}) == "AP 0.250, mask AP 0.125"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from gesso.data.records import ImageBlock, ObjectBlock, Source, Strings
 from gesso.data.select import subset
 from gesso.errors import ConfigError, DataError, Interrupted, RunError, TrainingError
 from gesso.label_space import LabelSpace
+from gesso.models.fpn import FPNConfig
 from gesso.models.norm import NormPolicy
 from gesso.run.folder import RunFolder
 from gesso.run.predictor import load_run
@@ -212,7 +213,7 @@ def test_a_run_from_other_weights_is_resumed_from_them(data, straight, tmp_path)
 
 def test_weights_that_do_not_fit_are_refused(data, straight, tmp_path):
     config = tiny_run(data, **SHORT)
-    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, fpn_width=32))
+    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, neck=FPNConfig(width=32)))
     with pytest.raises(RunError, match="do not fit"):
         train(wider, tmp_path / "r", init=straight)
     with pytest.raises(RunError, match="no whole checkpoint"):

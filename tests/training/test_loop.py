@@ -194,7 +194,7 @@ def test_a_step_never_waits_for_the_device(optimizer):
     pairs = [next(stream) for _ in range(3)]
     with Watch() as watch:
         for batch, targets in pairs:
-            loop._step(stage, stage.module, to_device(batch, CPU), to_device(targets, CPU))
+            loop.train_step(stage, to_device(batch, CPU), to_device(targets, CPU))
     assert set(watch.seen) == {"harmless"} and watch.seen["harmless"] > 100
     with Watch() as watch:
         bool(torch.ones(2).sum() > 0)
