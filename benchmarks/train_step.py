@@ -140,7 +140,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         else:
             build = detectors.BUILDERS[given.child]
             detector, loss = build(given.models, scene, device, given.layout == "cl")
-        step = make_step(detector, loss, given.dtypes, device)
+        step = make_step(detector, loss, given.dtypes, device, ours=given.child == "ours")
         step()
         first = time.perf_counter() - began
         seconds = timed(step, given, device)
@@ -157,10 +157,14 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_step(
-    detector: nn.Module, loss: Callable[[], Tensor], dtype: str, device: torch.device
+    detector: nn.Module, loss: Callable[[], Tensor], dtype: str, device: torch.device, *, ours: bool = True
 ) -> Callable[[], Tensor]:
-    """Forward, backward and update; nothing of it is read on the host."""
-    optimizer = build_optimizer(detector, SGD(rate=1e-9))
+    """Forward, backward and update; nothing of it is read on the host. Peers have torch's SGD as they come with it."""
+    if ours:
+        optimizer = build_optimizer(detector, SGD(rate=1e-9))
+    else:
+        trained = [parameter for parameter in detector.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=1e-9, momentum=0.9, weight_decay=1e-4)
 
     def step() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):

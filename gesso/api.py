@@ -8,7 +8,7 @@ from gesso.errors import GessoError
 from gesso.evaluation.coco import score_coco
 from gesso.evaluation.detections import DetectionTable
 from gesso.label_space import LabelSpace
-from gesso.recipes.catalog import find_recipe
+from gesso.recipes.catalog import make_config
 from gesso.run.config import RunConfig
 from gesso.run.from_torchvision import from_torchvision, to_torchvision
 from gesso.run.predictor import Predictions, TrainedDetector, load_run
@@ -40,7 +40,7 @@ def recipe(name: str) -> RunConfig:
     Raises:
         ConfigError: there is no such recipe.
     """
-    return find_recipe(name)()
+    return make_config(name)
 
 
 def train(

@@ -11,7 +11,7 @@ from gesso.commands.parsing import Result, parse, table
 from gesso.config import digest, flatten, from_dict, to_dict
 from gesso.errors import GessoError
 from gesso.models.build import build_detector
-from gesso.recipes.catalog import Recipe, all_recipes, find_recipe
+from gesso.recipes.catalog import Recipe, all_recipes, make_config
 from gesso.run.config import RunConfig
 
 
@@ -62,7 +62,7 @@ class ConfigArguments:
 def config(words: list[str]) -> Result:
     """``gesso config RECIPE``."""
     name, rest = recipe_name(words, "config")
-    start = ConfigArguments(config=find_recipe(name)())
+    start = ConfigArguments(config=make_config(name))
     given = parse(ConfigArguments, rest, f"config {name}", default=start, known=option_names(start.config))
     text = table(("setting", "value"), [(key, str(value)) for key, value in flatten(given.config).items()])
     return Result(text, to_dict(given.config) if given.json else None)

@@ -18,7 +18,7 @@ from gesso.data.decode import read_picture
 from gesso.data.index import Index
 from gesso.errors import ConfigError
 from gesso.evaluation.masks import as_json
-from gesso.recipes.catalog import find_recipe
+from gesso.recipes.catalog import make_config
 from gesso.reports.drawing import draw_detections
 from gesso.reports.progress import JobProgress, Stage
 from gesso.run.config import RunConfig, read_run_config
@@ -45,7 +45,7 @@ class TrainArguments:
 def train_(words: list[str]) -> Result:
     """``gesso train``."""
     name, rest = recipe_name(words, "train")
-    recipe = find_recipe(name)()
+    recipe = make_config(name)
     start = TrainArguments(config=_stored(rest, name) or recipe)
     given = parse(TrainArguments, rest, f"train {name}", default=start, known=option_names(start.config))
     if given.out is None:

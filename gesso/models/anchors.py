@@ -7,6 +7,7 @@ torchvision's: base anchors are rounded to whole pixels and centred on multiples
 is row, column, then ratio and scale.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,7 @@ class AnchorConfig:
     def __post_init__(self) -> None:
         for name in ("sizes", "ratios", "scales"):
             values = getattr(self, name)
-            if not values or min(values) <= 0:
+            if not values or not all(0 < value < math.inf for value in values):
                 raise ConfigError(f"anchors.{name} is {values}", remedy="Give one or more numbers above 0.")
         if self.sizes_per_level < 1 or len(self.sizes) % self.sizes_per_level:
             raise ConfigError(f"anchors.sizes has {len(self.sizes)} sizes, {self.sizes_per_level} for each level")

@@ -4,6 +4,7 @@ from typing import TypeAlias
 
 import torch
 
+from gesso import config as configs
 from gesso.errors import ConfigError
 from gesso.models.cascade_rcnn import CascadeRCNN, CascadeRCNNConfig
 from gesso.models.detector import Detector
@@ -20,8 +21,10 @@ def build_detector(config: DetectorConfig, num_classes: int) -> Detector:
     Its new weights come from torch's global generator: seed it first.
 
     Raises:
-        ConfigError: no class, or a configuration of no known detector, or a backbone that cannot be used.
+        ConfigError: no class, a configuration of no known detector or with a value that its field may not hold, or a
+            backbone that cannot be used.
     """
+    config = configs.from_dict(type(config), configs.to_dict(config))  # refuses what no field may hold
     if num_classes < 1:
         raise ConfigError(f"a detector of {num_classes} classes", remedy="The label space needs at least one name.")
     return _new(config, num_classes).to(memory_format=torch.channels_last)

@@ -48,7 +48,8 @@ class CascadeRCNNConfig:
     box_head: BoxHeadConfig = field(default_factory=lambda: BoxHeadConfig(class_agnostic=True))
     """The form of each head; ``box_weights`` are those of the first one."""
     ious: tuple[float, ...] = (0.5, 0.6, 0.7)
-    """The IoU from which a region is positive, for each head; that of the first replaces ``roi.positive_iou``."""
+    """The IoU from which a region is positive, for each head; that of the first replaces ``roi.positive_iou`` and
+    ``roi.negative_iou``."""
     sharpness: tuple[float, ...] = (1.0, 2.0, 3.0)
     """Factors on ``box_head.box_weights`` for each head: later ones learn smaller corrections."""
     stage_weights: tuple[float, ...] = (1.0, 0.5, 0.25)
@@ -68,6 +69,11 @@ class CascadeRCNNConfig:
             )
         if not all(0 < iou < 1 for iou in self.ious):
             raise ConfigError(f"ious is {self.ious}", remedy="Choose numbers between 0 and 1.")
+        if not min(self.sharpness) > 0 or not min(self.stage_weights) >= 0:
+            raise ConfigError(
+                f"sharpness is {self.sharpness}, stage_weights {self.stage_weights}",
+                remedy="Give factors above 0, and weights from 0.",
+            )
         if not self.box_head.class_agnostic:
             raise ConfigError(
                 "the heads of a cascade pass on one box for each region", remedy="Set box_head.class_agnostic to true."

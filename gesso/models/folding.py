@@ -31,12 +31,14 @@ class _Rest(nn.Module):
         return out
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def fold_batch_norm(detector: Detector) -> Detector:
     """A copy in evaluation mode that gives the same detections up to rounding, with fewer passes.
 
-    Which convolution stands before which norm is seen in a trial on a small picture of noise. Where the maps of the
-    copy are not those of the detector, as when a convolution's output is read elsewhere too, the copy is not folded.
+    Which convolution stands before which norm is seen in a trial on a small picture of noise. Where the maps of
+    backbone and neck are no longer the same, as when a convolution's output is read elsewhere too, the copy is not
+    folded.
     """
     plain = copy.deepcopy(detector).eval()
     batch = _noise(plain)

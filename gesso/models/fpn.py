@@ -35,11 +35,14 @@ class FPNConfig:
 
     def __post_init__(self) -> None:
         if self.width < 1:
-            raise ConfigError(f"fpn.width is {self.width}", remedy="Choose a number above 0.")
-        if not self.inputs or list(self.inputs) != sorted(set(self.inputs)):
-            raise ConfigError(f"fpn.inputs is {self.inputs}", remedy="Name maps such as C3, C4, C5, finest first.")
+            raise ConfigError(f"neck.width is {self.width}", remedy="Choose a number above 0.")
+        every = ("C2", "C3", "C4", "C5")
+        if self.inputs not in {every[a:b] for a in range(4) for b in range(a + 1, 5)}:
+            raise ConfigError(
+                f"neck.inputs is {' '.join(self.inputs)}", remedy="Name maps in a row such as C3 C4 C5, finest first."
+            )
         if self.extra_levels < 0:
-            raise ConfigError(f"fpn.extra_levels is {self.extra_levels}", remedy="Choose 0, 1 or 2.")
+            raise ConfigError(f"neck.extra_levels is {self.extra_levels}", remedy="Choose 0 or above.")
 
 
 class FeaturePyramid(nn.Module):

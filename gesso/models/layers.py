@@ -3,6 +3,7 @@
 Shape letters: B images, K regions, C channels, S cells a side of a region.
 """
 
+import math
 from typing import Literal, TypeAlias
 
 import torch
@@ -18,7 +19,7 @@ def conv_block(
 ) -> nn.Sequential:
     """(B, inputs, H, W) -> (B, outputs, H / stride, W / stride): convolution, norm, ReLU; padded by kernel // 2.
 
-    With a norm the convolution has no bias. Group norm has 32 groups, or as many as divide ``outputs`` evenly below.
+    With a norm the convolution has no bias. Group norm has 32 groups, or as many as 32 and ``outputs`` have in common.
     The convolution is part 0 of the block, the norm part 1; weights start as He et al. 2015 (fan out), as detectron2's
     heads do.
     """
@@ -30,7 +31,7 @@ def conv_block(
     if norm == "batch":
         block.append(nn.BatchNorm2d(outputs))
     elif norm == "group":
-        block.append(nn.GroupNorm(next(g for g in range(32, 0, -1) if outputs % g == 0), outputs))
+        block.append(nn.GroupNorm(math.gcd(32, outputs), outputs))
     if relu:
         block.append(nn.ReLU(inplace=True))
     return nn.Sequential(*block)

@@ -119,7 +119,7 @@ class MaskBranch(nn.Module):
         frames = targets.mask_frames.flatten(0, 1).index_select(0, object_).to(chosen.boxes.dtype)
         masks = targets.masks.flatten(0, 1).index_select(0, object_)
         logits = self.head(self.pooler(maps, chosen.boxes[None], chosen.image[None]), (chosen.labels - 1).clamp(min=0))
-        wanted = mask_targets(masks, frames, chosen.boxes, logits.shape[-1])
+        wanted = mask_targets(masks, frames, chosen.boxes, logits.shape[-1], aligned=self.pooler.config.aligned)
         each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=(1, 2))
         counted = chosen.positive & (frames[:, 2] > frames[:, 0])
         return {"mask": LossTerm(self.config.weight * torch.where(counted, each, 0).sum(), counted.sum())}
@@ -149,36 +149,46 @@ def first(wanted: Tensor, most: int, *, fill: bool = False) -> Tensor:
 
 
 @torch.no_grad()
-def mask_targets(masks: Tensor, frames: Tensor, boxes: Tensor, size: int) -> Tensor:
+def mask_targets(masks: Tensor, frames: Tensor, boxes: Tensor, size: int, *, aligned: bool = False) -> Tensor:
     """The masks of objects as seen through regions: (K, T, T) in [0, 1], T = ``size``.
 
-    RoIAlign of each mask, with as many samples a cell as it covers cells of the grid, as torchvision's
-    ``project_masks_on_boxes`` has it; sampling a grid is separable, so it is a product with one matrix for each axis.
+    RoIAlign of each mask, with as many samples a cell as it covers cells of the grid; sampling a grid is separable, so
+    it is a product with one matrix for each axis. Cell k of a grid stands at k + 0.5. Where a grid has a cell for each
+    pixel of the picture, it is torchvision's ``project_masks_on_boxes``.
 
     Args:
         masks: (K, S, S) uint8, 0 or 1.
         frames: (K, 4) xyxy, the region that each mask covers.
         boxes: (K, 4) xyxy, the regions.
         size: T.
+        aligned: as of ``RoIPoolConfig``: False reads half a pixel of the picture further on, and regions of
+            at least a pixel, as torchvision does.
     """
     S = masks.shape[-1]
-    extent = (frames[:, 2:] - frames[:, :2]).clamp(min=1e-6)
-    scaled = (boxes.view(-1, 2, 2) - frames[:, None, :2]) / extent[:, None] * S
-    low, length = scaled[:, 0], (scaled[:, 1] - scaled[:, 0]).clamp(min=1)
+    scale = S / (frames[:, 2:] - frames[:, :2]).clamp(min=1e-6)
+    corners = (boxes.view(-1, 2, 2) - frames[:, None, :2] + (0.0 if aligned else 0.5)) * scale[:, None] - 0.5
+    low, length = corners[:, 0], corners[:, 1] - corners[:, 0]
+    length = length.clamp(min=1e-6) if aligned else torch.maximum(length, scale)
     across, down = (_axis_weights(low[:, axis], length[:, axis], size, S) for axis in (0, 1))
-    return down @ masks.to(boxes.dtype) @ across.mT
+    with torch.autocast(boxes.device.type, enabled=False):
+        return down @ masks.to(boxes.dtype) @ across.mT
 
 
 def _axis_weights(low: Tensor, length: Tensor, size: int, S: int) -> Tensor:
-    """(K, size, S): the weight of each of S grid cells in each of ``size`` output cells along one axis."""
-    samples = (length / size).ceil()
+    """(K, size, S): the weight of each of S grid cells in each of ``size`` output cells along one axis.
+
+    A positive region is at most twice as long as its object, so 2 S / size samples a cell see all of the grid; regions
+    that are longer see every part of it more coarsely.
+    """
+    most = math.ceil(2 * S / size)
+    samples = (length / size).ceil().clamp(max=most)
     step = (length / size)[:, None]
     cell = torch.arange(size, device=low.device, dtype=low.dtype)
     grid = torch.arange(S, device=low.device, dtype=low.dtype)
     weights = low.new_zeros(len(low), size, S)
-    for k in range(math.ceil(2 * S / size)):  # a positive region is at most twice as long as its object
+    for k in range(most):
         at = low[:, None] + (cell + (k + 0.5) / samples[:, None]) * step
         used = (k < samples[:, None]) & (at >= -1) & (at <= S)
         near = (1 - (at.clamp(0, S - 1)[..., None] - grid).abs()).clamp(min=0)
         weights = weights + torch.where(used[..., None], near, 0)
-    return weights / samples.clamp(max=math.ceil(2 * S / size))[:, None, None]
+    return weights / samples[:, None, None]

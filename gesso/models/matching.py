@@ -127,5 +127,5 @@ def sample(
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
-    """Rows (B, K, D) of ``values`` (B, N, D) at ``index`` (B, K), by gather: its backward adds in a fixed order."""
+    """Rows (B, K, D) of ``values`` (B, N, D) at ``index`` (B, K), by gather; its backward adds in order on a CPU."""
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))

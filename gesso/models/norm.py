@@ -106,7 +106,7 @@ def apply_norm_policy(module: nn.Module, policy: NormPolicy, *, world_size: int 
         How many layers follow it.
 
     Raises:
-        ConfigError: sync over several processes, which is not built yet.
+        ConfigError: sync over several processes, which is not built yet; or statistics that train with an epsilon of 0.
     """
     if policy.kind == "sync" and world_size > 1:
         raise ConfigError(
@@ -119,6 +119,13 @@ def apply_norm_policy(module: nn.Module, policy: NormPolicy, *, world_size: int 
         for name, child in parent.named_children()
         if isinstance(child, nn.BatchNorm2d) and child.affine and child.track_running_stats
     ]
+    if policy.kind in ("train", "sync") and any(
+        child.eps == 0 and getattr(child, "trained", child.weight.requires_grad) for _, _, child in found
+    ):
+        raise ConfigError(
+            "batch norm with an epsilon of 0 cannot be trained",
+            remedy="Choose the norm kind affine or fixed, or leave backbone.norm_eps out.",
+        )
     for parent, name, child in found:
         setattr(parent, name, _follow(child, policy).train(parent.training))
     return len(found)

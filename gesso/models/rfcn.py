@@ -48,6 +48,8 @@ class PositionSensitiveConfig:
         for name in ("size", "sampling_ratio"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"head.{name} is {getattr(self, name)}", remedy="Choose a number above 0.")
+        if not min(self.box_weights) > 0:
+            raise ConfigError(f"head.box_weights is {self.box_weights}", remedy="Give numbers above 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,15 @@ class RFCNConfig:
     """An auxiliary loss on the pixels, in training."""
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
     """What is kept in inference."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.neck, SingleLevelConfig):
+            raise ConfigError(f"R-FCN has one level, and the neck is a {type(self.neck).__name__}")
+        if self.segmentation is not None and self.segmentation.level.startswith("P"):
+            raise ConfigError(
+                f"segmentation.level is {self.segmentation.level}, but R-FCN has no pyramid",
+                remedy="Choose conv_proj, or a map of the backbone such as C4.",
+            )
 
 
 class PositionSensitiveHead(RegionHead):
@@ -213,7 +224,7 @@ class RFCN(TwoStageDetector):
 
     def averaged(self, maps: Mapping[str, Tensor], boxes: Tensor, image: Tensor | None = None) -> Tensor:
         """C5 averaged over each region: (B, R, c5) of boxes (B, R, 4)."""
-        samples = 7 if self.config.fine is None else self.config.fine.samples
+        samples = (self.config.fine or FineClassifierConfig()).samples
         pooled = multilevel_roi_align(
             [maps["C5"]], boxes, [self.strides["C5"]], image=image, output_size=1, sampling_ratio=samples
         )

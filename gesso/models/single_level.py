@@ -26,6 +26,8 @@ class SingleLevelConfig:
     def __post_init__(self) -> None:
         if self.width < 1:
             raise ConfigError(f"neck.width is {self.width}", remedy="Choose a number above 0.")
+        if self.rpn_level not in ("C4", "C5", "conv_proj"):
+            raise ConfigError(f"neck.rpn_level is {self.rpn_level}", remedy="Choose C4, C5 or conv_proj.")
 
 
 class SingleLevel(nn.Module):

@@ -9,11 +9,12 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
+import traceback
 from collections.abc import Callable
 from types import ModuleType
 
 from gesso import recipes
-from gesso.errors import ConfigError, nearest
+from gesso.errors import ConfigError, GessoError, nearest
 from gesso.run.config import RunConfig
 
 Recipe = Callable[[], RunConfig]
@@ -51,8 +52,33 @@ def find_recipe(name: str) -> Recipe:
         ) from error
     own = _recipes_of(module)
     if function not in own:
+        if inspect.isfunction(getattr(module, function, None)):
+            raise ConfigError(
+                f"{name} is a function, but no recipe",
+                remedy="A recipe takes no arguments, and its return annotation is RunConfig: def name() -> RunConfig.",
+            )
         raise ConfigError(f"{module_name} has no recipe '{function}'", remedy=nearest(function, own))
     return own[function]
+
+
+def make_config(name: str) -> RunConfig:
+    """What the recipe of that name returns.
+
+    Raises:
+        ConfigError: there is none, or it fails; the message holds the place.
+    """
+    recipe = find_recipe(name)
+    try:
+        return recipe()
+    except GessoError:
+        raise
+    except Exception as error:  # a user's code may raise anything
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"the recipe '{name}' fails: {type(error).__name__}: {error}",
+            where=f"{place.filename}:{place.lineno}",
+            remedy="Mend it there.",
+        ) from error
 
 
 def _recipes_of(module: ModuleType) -> dict[str, Recipe]:

@@ -110,12 +110,18 @@ class TorchvisionDetector(TrainedDetector):
             return F.interpolate(picture[None], size=self.fixed[::-1], **how)[0]
         height, width = picture.shape[1:]
         factor = min(self.short / min(height, width), self.long / max(height, width))
+        if min(height, width) * factor < 1:
+            raise InputError(
+                f"a picture of {width} x {height} pixels has no pixel left on its short side once it is resized",
+                remedy="Cut it into pieces.",
+            )
         return F.interpolate(picture[None], scale_factor=factor, recompute_scale_factor=True, **how)[0]
 
     def _predict_batch(self, pictures: Sequence[Pixels], min_score: float) -> list[Predictions]:
         batch = self.batch(pictures)
+        detector = self.ready
         with torch.inference_mode():
-            found: Detections = self.ready(batch)
+            found: Detections = detector(batch)
         return [self._of_row(found, row, batch, min_score) for row in range(len(pictures))]
 
     def _of_row(self, found: Detections, row: int, batch: ImageBatch, min_score: float) -> Predictions:
@@ -190,6 +196,8 @@ def from_torchvision(
 
 def to_torchvision(detector: TrainedDetector | nn.Module, module: nn.Module) -> nn.Module:
     """Writes a detector's weights into a torchvision module of the same form, in place, and returns it.
+
+    What torchvision never reads becomes zero: box deltas and mask of the background.
 
     Args:
         detector: ours; of ``from_torchvision``, ``load``, or the module itself.

@@ -3,12 +3,17 @@ import pytest
 from gesso.config import from_dict, to_dict
 from gesso.errors import ConfigError
 from gesso.models.anchors import AnchorConfig
+from gesso.models.backbone import BackboneConfig
+from gesso.models.box_head import BoxHeadConfig
 from gesso.models.build import build_detector
-from gesso.models.cascade_rcnn import CascadeRCNN
-from gesso.models.faster_rcnn import FasterRCNN
+from gesso.models.cascade_rcnn import CascadeRCNN, CascadeRCNNConfig
+from gesso.models.faster_rcnn import FasterRCNN, FasterRCNNConfig
 from gesso.models.fpn import FPNConfig
-from gesso.models.retinanet import RetinaNet
-from gesso.models.rfcn import RFCN
+from gesso.models.norm import NormPolicy, apply_norm_policy
+from gesso.models.retinanet import RetinaNet, RetinaNetConfig
+from gesso.models.rfcn import RFCN, RFCNConfig
+from gesso.models.semantic import SegmentationConfig
+from gesso.models.single_level import SingleLevelConfig
 from tests.models.helpers import KINDS, tiny_config
 
 CLASSES = {
@@ -48,3 +53,30 @@ def test_no_class_and_no_detector():
         build_detector("faster", 3)
     with pytest.raises(ConfigError, match="1 levels, the neck 5"):
         build_detector(tiny_config(anchors=AnchorConfig(sizes=(8.0,))), 3)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lambda: FasterRCNNConfig(neck=FPNConfig(extra="bogus")), "neck.extra"),
+        (lambda: FasterRCNNConfig(box_head=BoxHeadConfig(classifier="huber")), "box_head.classifier"),
+        (lambda: FasterRCNNConfig(anchors=AnchorConfig(sizes=(float("nan"),) * 5)), "anchors.sizes"),
+        (lambda: FPNConfig(inputs=("C2", "C4")), "neck.inputs is C2 C4"),
+        (lambda: RFCNConfig(neck=FPNConfig()), "one level"),
+        (lambda: RFCNConfig(segmentation=SegmentationConfig()), "no pyramid"),
+        (lambda: SingleLevelConfig(rpn_level="P4"), "rpn_level is P4"),
+        (lambda: CascadeRCNNConfig(stage_weights=(-1.0, 1.0, 1.0)), "stage_weights"),
+        (lambda: RetinaNetConfig(neck=SingleLevelConfig(width=8)), "anchors.sizes has 5 levels, the neck 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(config, message):
+    with pytest.raises(ConfigError, match=message):
+        build_detector(config(), 3)
+
+
+def test_an_epsilon_of_zero_is_refused_where_statistics_train():
+    backbone = BackboneConfig(name="test_resnet", pretrained=False, norm_eps=0.0)
+    detector = build_detector(tiny_config(backbone=backbone), 3)
+    apply_norm_policy(detector, NormPolicy(kind="fixed"))
+    with pytest.raises(ConfigError, match="epsilon of 0"):
+        apply_norm_policy(detector, NormPolicy(kind="train"))

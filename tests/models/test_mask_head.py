@@ -47,7 +47,34 @@ def test_targets_do_not_depend_on_where_the_frame_lies():
     scale, shift = torch.tensor([2.5, 0.75], dtype=torch.float64), torch.tensor([30.0, 11.0], dtype=torch.float64)
     to = lambda value: (value.unflatten(-1, (2, 2)) * scale + shift).flatten(-2)  # noqa: E731
     frame = torch.tensor([[0.0, 0, S, S]], dtype=torch.float64).expand(len(boxes), 4)
-    torch.testing.assert_close(mask_targets(masks, to(frame), to(boxes), 14), mask_targets(masks, frame, boxes, 14))
+    found, expected = (mask_targets(masks, f, b, 14, aligned=True) for f, b in ((to(frame), to(boxes)), (frame, boxes)))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("side", [60.0, 448.0, 896.0])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_targets_stand_where_the_object_does(side, aligned):
+    """From the grid to the target and, pasted, back: the shift is no part of the grid's cells, however large."""
+    masks = torch.zeros(1, 112, 112, dtype=torch.uint8)
+    masks[:, 28:84, 14:70] = 1
+    box = torch.tensor([[10.0, 20, 10 + side, 20 + side]])
+    target = mask_targets(masks, box, box, 28, aligned=aligned)[0].double()
+    place = (torch.arange(28) + 0.5) / 28
+    total = target.sum()
+    found = torch.stack([(target.sum(0) * place).sum(), (target.sum(1) * place).sum()]) / total * side
+    middle = torch.tensor([42.0, 56.0], dtype=torch.float64) / 112 * side
+    torch.testing.assert_close(found, middle - (0 if aligned else 0.5), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4, 6])
+def test_long_regions_see_all_of_the_object(factor):
+    masks = torch.ones(1, 112, 112, dtype=torch.uint8)
+    frame = torch.tensor([[300.0, 300, 400, 400]])
+    half = 50.0 * factor
+    box = torch.tensor([[350 - half, 350 - half, 350 + half, 350 + half]])
+    target = mask_targets(masks, frame, box, 28, aligned=True)[0].sum(0)
+    place = 350 - half + (torch.arange(28) + 0.5) / 28 * 2 * half
+    assert float((target * place).sum() / target.sum()) == pytest.approx(350, abs=1)
 
 
 def test_targets_of_the_frame_itself_are_the_mask():
@@ -141,7 +168,9 @@ def expected_loss(made, maps, found, targets, chosen):
     # torchvision reads masks of whole pictures: here a picture for each object, moved and scaled to its frame.
     frames, masks = targets.mask_frames[image, slot], targets.masks[image, slot]
     side = masks.shape[-1]
-    moved = (boxes.view(-1, 2, 2) - frames[:, None, :2]) / (frames[:, 2:] - frames[:, :2])[:, None] * side
+    # There cell k of a picture stands at k, here cell k of a grid at k + 0.5, and half a pixel is read further on.
+    scale = side / (frames[:, 2:] - frames[:, :2])[:, None]
+    moved = (boxes.view(-1, 2, 2) - frames[:, None, :2] + 0.5) * scale - 0.5
     each = [
         (torch.nn.functional.pad(planes[k : k + 1], (0, 0, 0, 0, 1, 0)), moved[k].view(1, 4)) for k in range(len(boxes))
     ]

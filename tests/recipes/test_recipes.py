@@ -6,7 +6,7 @@ import pytest
 
 from gesso import config as configs
 from gesso.errors import ConfigError
-from gesso.recipes.catalog import all_recipes, find_recipe
+from gesso.recipes.catalog import all_recipes, find_recipe, make_config
 from gesso.recipes.debug import tiny
 from gesso.run.config import RunConfig
 from gesso.run.predictor import new_detector
@@ -79,8 +79,8 @@ def test_a_recipe_of_ones_own(tmp_path, monkeypatch):
     assert find_recipe("mine.cats:small")() == tiny()
     for wrong, why in (
         ("mine.cats:smal", "small"),
-        ("mine.cats:tiny", "no recipe 'tiny'"),
-        ("mine.cats:helper", "no recipe 'helper'"),
+        ("mine.cats:tiny", "is a function, but no recipe"),
+        ("mine.cats:helper", "is a function, but no recipe"),
         ("mine.broken:x", "no_such_module_at_all"),
         ("mine.gone:x", "cannot be imported"),
     ):
@@ -94,3 +94,15 @@ def test_a_recipe_with_a_syntax_error_is_told_in_one_line(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"'brokenrecipes:mine' cannot be imported: .*line 1"):
         find_recipe("brokenrecipes:mine")
+
+
+def test_a_recipe_that_fails_says_where(tmp_path, monkeypatch):
+    (tmp_path / "own_failing.py").write_text(
+        "from gesso.run.config import RunConfig\n\n\ndef broken() -> RunConfig:\n    raise ValueError('oops')\n\n\n"
+        "def bare():\n    return None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"own_failing.py:5.*'own_failing:broken' fails: ValueError: oops"):
+        make_config("own_failing:broken")
+    with pytest.raises(ConfigError, match="is a function, but no recipe"):
+        make_config("own_failing:bare")
