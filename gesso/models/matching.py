@@ -49,11 +49,12 @@ def match(
             each still stands for the object that it overlaps most.
         ignore_ioa: see above.
     """
-    usable = targets.valid & ~targets.ignore
-    truth = targets.boxes.to(boxes.dtype)
+    used = _slots_in_use(targets.valid)
+    usable = (targets.valid & ~targets.ignore)[:, :used]
+    truth = targets.boxes[:, :used].to(boxes.dtype)
     # The long axis stands last. An infinite area makes the IoU of slots that may not match zero.
     area = geometry.area(truth).clamp(min=_TINY).masked_fill(~usable, torch.inf)[..., None]
-    ignored = (targets.valid & targets.ignore)[..., None].to(boxes.dtype)
+    ignored = (targets.valid & targets.ignore)[:, :used, None].to(boxes.dtype)
     overlaps, best, slot, inside = [], [], [], []
     for part in torch.split(boxes, _chunk(boxes, truth), dim=1):
         common = geometry.intersection(truth, part)
@@ -72,6 +73,14 @@ def match(
         positive = positive | torch.cat([(overlap - peak).amax(dim=1) >= 0 for overlap in overlaps], dim=1)
     negative = (best_iou < negative_iou) & ~positive & ~torch.cat(inside, dim=1)
     return Matches(slot=torch.cat(slot, dim=1), positive=positive, negative=negative)
+
+
+def _slots_in_use(valid: Tensor) -> int:
+    """How many of M slots hold an object in any picture; on a GPU or in a graph all, since nobody may wait to know."""
+    if valid.device.type != "cpu" or torch.compiler.is_compiling():
+        return valid.shape[1]
+    places = valid.any(dim=0).numpy().nonzero()[0]
+    return int(places[-1]) + 1 if len(places) else min(1, valid.shape[1])
 
 
 def _chunk(boxes: Tensor, truth: Tensor) -> int:

@@ -189,8 +189,12 @@ class RetinaNet(Detector):
         positive, valid = matches.positive & found.inside, (matches.positive | matches.negative) & found.inside
         dtype = self.mean.dtype
         labels = targets.labels.gather(1, matches.slot)
-        logits, deltas = torch.cat(found.logits, dim=1), torch.cat(found.deltas, dim=1).to(dtype)
-        focal = focal_loss(logits, labels, positive, valid, alpha=c.alpha, gamma=c.gamma).to(dtype)
+        deltas = torch.cat(found.deltas, dim=1).to(dtype)
+        counted = [level.shape[1] for level in found.logits]
+        rows = (torch.split(value, counted, dim=1) for value in (labels, positive, valid))
+        levels = zip(found.logits, *rows, strict=True)  # joined, the logits would be copied there and back
+        parts = [focal_loss(*level, alpha=c.alpha, gamma=c.gamma).to(dtype) for level in levels]
+        focal = torch.stack(parts).sum(dim=0)
         anchors = found.anchors.expand(len(deltas), -1, -1)
         truth = take(targets.boxes.to(dtype), matches.slot)
         box = each_box_loss(deltas, anchors, truth, positive, c.box_loss, _WEIGHTS).sum(dim=1)
