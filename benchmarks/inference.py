@@ -4,7 +4,7 @@
         [--short 800 --long 1333] [--rounds 7] [--threads 2] [--device cpu|cuda] [--json]
 
 Both resize to the same size and have the same form of detector with random weights; they take turns in one process, and
-a ratio is that of the medians. The class layer is biased so that about a hundred detections come out.
+a ratio is that of the medians. Ours has torchvision's weights, so both find about the same number of objects.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from torch import nn
 from gesso.data.transforms import InputConfig, KeepRatio
 from gesso.label_space import LabelSpace
 from gesso.models.build import build_detector
+from gesso.models.torchvision_weights import to_ours
 from gesso.run.predictor import TrainedDetector
 
 HEIGHT, WIDTH = 480, 640
@@ -50,7 +51,8 @@ def compare(given: argparse.Namespace, model: str, dtype: str) -> Iterator[dict[
     torch.manual_seed(0)
     picture = torch.randint(0, 256, (HEIGHT, WIDTH, 3), dtype=torch.uint8).numpy()
     device = torch.device(given.device)
-    sides = {"ours": ours(given, model, device), "torchvision": theirs(given, model, device)}
+    peer = torchvision_detector(given, model)
+    sides = {"ours": ours(given, model, dtype, peer, device), "torchvision": theirs(peer, device)}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     found: dict[str, int] = {}
     for number in range(given.rounds + 2):
@@ -75,38 +77,47 @@ def compare(given: argparse.Namespace, model: str, dtype: str) -> Iterator[dict[
     }
 
 
-def ours(given: argparse.Namespace, model: str, device: torch.device) -> Callable[[np.ndarray], int]:
-    """This project's detector behind its public door."""
-    detector = build_detector(detectors.ours(model), detectors.CLASSES)
-    detectors.damp(detector)
-    raise_scores(detector.head.classes if model == "retinanet" else detector.box_head.classes)
+def ours(
+    given: argparse.Namespace, model: str, dtype: str, peer: nn.Module, device: torch.device
+) -> Callable[[np.ndarray], int]:
+    """This project's detector behind its public door, with the peer's weights."""
+    config = detectors.ours(model)
+    detector = build_detector(config, detectors.CLASSES)
+    detector.load_state_dict(to_ours(peer.state_dict(), config), strict=False)
     ready = TrainedDetector(
         detector=detector.to(device).eval(),
         label_space=LabelSpace.from_names(str(k) for k in range(detectors.CLASSES)),
         input=InputConfig(resize=KeepRatio(short_sides=(given.short,), long_side=given.long)),
         device=device,
         batch_size=1,
+        precision="bfloat16" if dtype == "bf16" else "float32",
     )
     return lambda picture: len(ready.predict([picture])[0])
 
 
-def theirs(given: argparse.Namespace, model: str, device: torch.device) -> Callable[[np.ndarray], int]:
+def torchvision_detector(given: argparse.Namespace, model: str) -> nn.Module:
+    """Logits are widened, so that some scores pass the threshold as they would after training."""
+    detector = detectors.torchvision_detector(model, given.short, given.long, resize=True)
+    with torch.no_grad():
+        if model == "retinanet":
+            for layer in detector.head.classification_head.conv.modules():
+                if isinstance(layer, nn.Conv2d):
+                    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            detector.head.classification_head.cls_logits.weight.mul_(10)
+        else:
+            detector.roi_heads.box_predictor.cls_score.weight.mul_(30)
+    return detector
+
+
+def theirs(peer: nn.Module, device: torch.device) -> Callable[[np.ndarray], int]:
     """torchvision's."""
-    detector = detectors.torchvision_detector(model, given.short, given.long, resize=True).to(device).eval()
-    retina = model == "retinanet"
-    raise_scores(detector.head.classification_head.cls_logits if retina else detector.roi_heads.box_predictor.cls_score)
+    detector = peer.to(device).eval()
 
     def detect(picture: np.ndarray) -> int:
         image = torch.from_numpy(picture).to(device).permute(2, 0, 1).float().div(255)
         return len(detector([image])[0]["scores"].cpu())
 
     return detect
-
-
-def raise_scores(layer: nn.Module) -> None:
-    """Widens the logits, so that some scores pass the threshold as they would after training."""
-    with torch.no_grad():
-        layer.weight.mul_(30)
 
 
 if __name__ == "__main__":
