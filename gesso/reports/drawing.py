@@ -35,6 +35,7 @@ _GREY: Colour = (160, 160, 160)
 _DARK: Colour = (20, 20, 20)
 _LIGHT: Colour = (255, 255, 255)
 _SMALLEST_TEXT = 11
+_MANY = 30
 _OPACITY = 0.45
 """Of a mask."""
 
@@ -79,6 +80,8 @@ def draw_detections(
 ) -> Picture:
     """The picture with boxes, names and scores on it; a name that would hide the names of better boxes is left out.
 
+    Where there are more than 30 boxes, so are names that would be larger than their box.
+
     Args:
         image: (H, W, 3) uint8 RGB; it is not changed.
         xyxy: (n, 4) pixels of ``image``.
@@ -115,7 +118,7 @@ def draw_detections(
     for i in order:
         text = labels[i] if scores is None else f"{labels[i]} {100 * float(scores[i]):.0f}"
         spot = _spot(text, tuple(boxes[i].tolist()), style, taken, canvas.size)
-        if spot is not None:
+        if spot is not None and not (len(boxes) > _MANY and _area(spot) > _area(boxes[i].tolist())):
             taken.append(spot)
             written.append((text, spot, colours[i]))
     for text, spot, colour in reversed(written):
@@ -195,6 +198,10 @@ def _dashes(start: tuple[float, float], end: tuple[float, float], length: int) -
     points = a + (b - a) * np.arange(count + 1)[:, None] / count
     for k in range(0, count, 2):
         yield (*points[k].tolist(), *points[k + 1].tolist())
+
+
+def _area(box: Sequence[float]) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
 
 
 def _spot(

@@ -124,3 +124,16 @@ def test_masks_of_small_pictures_are_enlarged_and_empty_ones_are_nothing():
     assert drawn.shape == (320, 500, 3)
     assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (80, 160, 250, 375)
     assert (draw_detections(grey(), np.zeros((0, 4)), [], masks=np.zeros((0, 400, 500), bool)) == 128).all()
+
+
+def test_names_that_are_larger_than_their_box_are_left_out_of_a_crowd():
+    image = np.zeros((400, 400, 3), np.uint8)
+    corner = np.stack(np.meshgrid(np.arange(8), np.arange(5)), axis=-1).reshape(-1, 2) * 48.0 + 10
+    boxes = np.concatenate([corner, corner + 8], axis=1)
+    few = draw_detections(image, boxes[:5], ["nucleus"] * 5, min_side=0)
+    many = draw_detections(image, boxes, ["nucleus"] * len(boxes), min_side=0)
+    assert (few[:60] > 0).sum() > 3 * (many[:60, :250] > 0).sum()
+    large = boxes.copy()
+    large[0] = (200, 250, 390, 390)
+    named = draw_detections(image, large, ["nucleus"] * len(boxes), min_side=0)
+    assert (named > 0).sum() > (many > 0).sum() + 1000
