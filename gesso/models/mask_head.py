@@ -42,6 +42,8 @@ class MaskHeadConfig:
     """Cells a side of the grid on which the loader gives the mask of an object."""
     weight: float = 1.0
     """Factor on this loss."""
+    half_pixel: bool = False
+    """Learn masks half a pixel of the picture too far left and above, as torchvision does, which pastes them so too."""
 
     def __post_init__(self) -> None:
         for name in ("convs", "width", "pool_size", "samples", "target_side"):
@@ -119,7 +121,7 @@ class MaskBranch(nn.Module):
         frames = targets.mask_frames.flatten(0, 1).index_select(0, object_).to(chosen.boxes.dtype)
         masks = targets.masks.flatten(0, 1).index_select(0, object_)
         logits = self.head(self.pooler(maps, chosen.boxes[None], chosen.image[None]), (chosen.labels - 1).clamp(min=0))
-        wanted = mask_targets(masks, frames, chosen.boxes, logits.shape[-1], aligned=self.pooler.config.aligned)
+        wanted = mask_targets(masks, frames, chosen.boxes, logits.shape[-1], aligned=not self.config.half_pixel)
         each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=(1, 2))
         counted = chosen.positive & (frames[:, 2] > frames[:, 0])
         return {"mask": LossTerm(self.config.weight * torch.where(counted, each, 0).sum(), counted.sum())}
@@ -161,7 +163,7 @@ def mask_targets(masks: Tensor, frames: Tensor, boxes: Tensor, size: int, *, ali
         frames: (K, 4) xyxy, the region that each mask covers.
         boxes: (K, 4) xyxy, the regions.
         size: T.
-        aligned: as of ``RoIPoolConfig``: False reads half a pixel of the picture further on, and regions of
+        aligned: read where the region is. False reads half a pixel of the picture further on, and regions of
             at least a pixel, as torchvision does.
     """
     S = masks.shape[-1]

@@ -155,6 +155,7 @@ def _mask_head(heads: Any, roi: RoISamplingConfig, neck: FPNConfig) -> MaskHeadC
     for name in ("sampling_ratio", "canonical_level", "canonical_scale"):
         _require(getattr(pool, name) == getattr(box_pool, name), f"another {name} for masks than for boxes")
     return MaskHeadConfig(
+        half_pixel=True,
         convs=convs,
         width=width,
         norm=norm,

@@ -145,7 +145,7 @@ def test_the_last_layer_of_one_class_alone(agnostic):
 
 def branch(**changes):
     torch.manual_seed(0)
-    config = MaskHeadConfig(**({"convs": 1, "width": 6, "pool_size": 7, "samples": 24} | changes))
+    config = MaskHeadConfig(**({"convs": 1, "width": 6, "pool_size": 7, "samples": 24, "half_pixel": True} | changes))
     made = MaskBranch(config, RoIPoolConfig(canonical_size=32.0), 4, NUM_CLASSES, ("P2", "P3"), {"P2": 4.0, "P3": 8.0})
     return made, {"P2": torch.randn(2, 4, 16, 16), "P3": torch.randn(2, 4, 8, 8)}
 
@@ -190,6 +190,13 @@ def test_the_loss_equals_torchvision(agnostic):
     chosen = found.positive.flatten().nonzero().flatten()
     assert term.samples == 24
     torch.testing.assert_close(mean_over_batch(term), expected_loss(made, maps, found, targets, chosen))
+
+
+def test_masks_are_learnt_where_they_are_unless_half_a_pixel_off_is_asked_for():
+    found, targets = regions()
+    (exact, maps), (shifted, _) = branch(half_pixel=False), branch(half_pixel=True)
+    assert not MaskHeadConfig().half_pixel
+    assert exact.losses(maps, found, targets)["mask"].total != shifted.losses(maps, found, targets)["mask"].total
 
 
 def test_at_most_so_many_regions():
