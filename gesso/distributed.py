@@ -1,16 +1,60 @@
-"""Processes: rank, world size and device. The only importer of ``torch.distributed``.
+"""Processes: rank, world size, groups, device, and every collective. The only importer of ``torch.distributed``.
 
-Everything works unchanged in one process, where no group exists. ``torchrun`` starts several; training with several
-processes comes with its own chapter, until then ``run.py`` refuses a world of more than one.
+Everything works unchanged in one process, where no group exists and every collective gives back what it got.
+``torchrun`` starts several, on one machine or many; ``initialise`` joins them. Tensors on the CPU go through gloo,
+those on a GPU through NCCL.
 """
 
+import contextlib
 import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from gesso.errors import ConfigError
+from gesso.errors import ConfigError, GessoError
+
+T = TypeVar("T")
+EVERY = 0
+"""The group of all processes."""
+
+
+@dataclass
+class Traffic:
+    """What the collectives of this process did so far, and the one that it is waiting in.
+
+    Attributes:
+        count: collectives begun, those of the gradient buckets excepted.
+        seconds: that the host waited in them.
+        current: the name of the one in progress; "" outside.
+        since: when it began, by ``time.monotonic``.
+    """
+
+    count: int = 0
+    seconds: float = 0.0
+    current: str = ""
+    since: float = 0.0
+
+
+@dataclass
+class _Processes:
+    """The groups that exist, by handle and by size, and whether this process acts for itself at the moment."""
+
+    handles: list[dist.ProcessGroup | None] = field(default_factory=lambda: [None])
+    by_size: dict[int, int] = field(default_factory=dict)
+    alone: bool = False
+
+
+traffic = Traffic()
+_processes = _Processes()
 
 
 def rank() -> int:
@@ -19,8 +63,8 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """How many processes work together; 1 within ``alone``."""
+    return dist.get_world_size() if dist.is_initialized() and not _processes.alone else 1
 
 
 def is_main() -> bool:
@@ -33,35 +77,220 @@ def announced_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def initialise() -> None:
-    """Joins the group that torchrun announces in the environment: NCCL on GPUs, gloo on CPUs; alone, does nothing."""
-    if announced_world_size() > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(choose_device("cuda"))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-
-
-def shutdown() -> None:
-    """Leaves the group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def announced_rank() -> int:
+    """The number of this process that torchrun announces in the environment; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def choose_device(wanted: str) -> torch.device:
     """The device of this process: "auto" takes the GPU of its LOCAL_RANK where there is one, else the CPU.
 
     Raises:
-        ConfigError: "cuda" is asked for and there is no GPU.
+        ConfigError: "cuda" is asked for and there is no GPU, or fewer than processes on this machine.
     """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("device cuda is asked for, but torch finds no GPU", remedy="Use --device cpu or auto.")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if number >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {number} of this machine has no GPU of its own: there are {torch.cuda.device_count()}",
+            remedy="Start one process a GPU, or use --device cpu.",
+        )
+    return torch.device("cuda", number)
 
 
-def all_reduce_sum(value: Tensor) -> Tensor:
-    """Adds ``value`` over all processes, in place; in one process it stays as it is."""
-    if world_size() > 1:
-        dist.all_reduce(value)
+def initialise(device: torch.device | None = None, *, timeout_seconds: float = 600) -> None:
+    """Joins the group that torchrun announces in the environment; alone, or a second time, does nothing.
+
+    Args:
+        device: of this process; on a GPU its tensors go through NCCL. None = the CPU.
+        timeout_seconds: a collective that takes longer fails.
+    """
+    if announced_world_size() == 1 or dist.is_initialized():
+        return
+    cuda = device is not None and device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+    limit = timedelta(seconds=timeout_seconds)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)
+
+
+def shutdown() -> None:
+    """Leaves all groups."""
+    _processes.handles, _processes.by_size = [None], {}
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within the block this process works for itself: collectives give back what they got, the world size is 1."""
+    before, _processes.alone = _processes.alone, True
+    try:
+        yield
+    finally:
+        _processes.alone = before
+
+
+@contextlib.contextmanager
+def waiting(name: str) -> Iterator[None]:
+    """Says within the block that the host waits for other processes (or for the device), and for what."""
+    traffic.current, traffic.since = name, time.monotonic()
+    try:
+        yield
+    finally:
+        traffic.seconds += time.monotonic() - traffic.since
+        traffic.current = ""
+
+
+@contextlib.contextmanager
+def _collective(name: str) -> Iterator[None]:
+    traffic.count += 1
+    with waiting(name):
+        yield
+
+
+def machines() -> list[int]:
+    """The number of the machine of each rank, in the order of the ranks; equal numbers are one machine."""
+    own = torch.tensor([int(os.environ.get("GROUP_RANK", "0"))])
+    return [int(number) for number in all_gather(own).flatten()]
+
+
+def group(size: int) -> int:
+    """A handle of the group of ``size`` processes that this one is in; all processes have to ask for it together.
+
+    Groups are runs of ranks, ordered by machine, so that a group lies on one machine wherever that is possible. The
+    last one is smaller where ``size`` does not divide the world size.
+    """
+    if world_size() == 1 or size >= world_size():
+        return EVERY
+    if size not in _processes.by_size:
+        by_machine = machines()
+        order = sorted(range(world_size()), key=lambda r: (by_machine[r], r))
+        for start in range(0, world_size(), size):
+            ranks = order[start : start + size]
+            made = dist.new_group(ranks)
+            if rank() in ranks:
+                _processes.handles.append(made)
+                _processes.by_size[size] = len(_processes.handles) - 1
+    return _processes.by_size[size]
+
+
+def group_size(handle: int = EVERY) -> int:
+    """How many processes are in a group; 1 within ``alone``."""
+    if world_size() == 1:
+        return 1
+    return dist.get_world_size(_processes.handles[handle])
+
+
+def all_reduce_sum(value: Tensor, handle: int = EVERY, *, name: str = "sum") -> Tensor:
+    """Adds ``value`` over all processes of a group, in place; in one process it stays as it is."""
+    if group_size(handle) > 1:
+        with _collective(name):
+            dist.all_reduce(value, group=_processes.handles[handle])
     return value
+
+
+def all_gather(value: Tensor, handle: int = EVERY, *, name: str = "gather") -> Tensor:
+    """(k, ...) ``value`` (...) of all k processes of a group, in the order of their ranks; all of one shape."""
+    count = group_size(handle)
+    if count == 1:
+        return value[None]
+    found = [torch.empty_like(value) for _ in range(count)]
+    with _collective(name):
+        dist.all_gather(found, value.contiguous(), group=_processes.handles[handle])
+    return torch.stack(found)
+
+
+@torch.library.custom_op("gesso::global_sum", mutates_args=())
+def global_sum(value: Tensor) -> Tensor:
+    """``value`` added over all processes, as an operator that a compiled graph keeps whole; no gradient flows."""
+    return all_reduce_sum(value.clone(), name="counts of samples")
+
+
+@global_sum.register_fake
+def _(value: Tensor) -> Tensor:
+    return torch.empty_like(value)
+
+
+def gather_array(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The rows of ``array`` (n, ...) of all processes one below the other; n may differ, type and the rest may not."""
+    if world_size() == 1:
+        return array
+    lengths = [int(n) for n in all_gather(torch.tensor([len(array)])).flatten()]
+    width = int(np.prod(array.shape[1:])) * array.dtype.itemsize
+    padded = torch.zeros(max(max(lengths) * width, 1), dtype=torch.uint8)
+    padded[: len(array) * width] = torch.from_numpy(
+        np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8).copy()
+    )
+    rows = all_gather(padded, name="gather of rows").numpy()
+    found = [rows[r, : n * width].tobytes() for r, n in enumerate(lengths)]
+    return np.frombuffer(b"".join(found), array.dtype).reshape(sum(lengths), *array.shape[1:])
+
+
+def broadcast(value: T) -> T:
+    """What process 0 has, in all of them; small plain data."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    with _collective("broadcast"):
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def broadcast_tensor(value: Tensor) -> Tensor:
+    """Overwrites ``value`` by that of process 0, in place."""
+    if world_size() > 1:
+        with _collective("broadcast"):
+            dist.broadcast(value, src=0)
+    return value
+
+
+def from_main(work: Callable[[], T]) -> T:
+    """What ``work`` gives in process 0, in all of them; small plain data. The others wait.
+
+    A GessoError of it is raised in all of them; only process 0 has to tell (``GessoError.told``).
+    """
+    if world_size() == 1:
+        return work()
+    result: T | None = None
+    error: Exception | None = None
+    if is_main():
+        try:
+            result = work()
+        except Exception as raised:  # noqa: BLE001  (the others must not wait for ever)
+            error = raised
+    shared = error if isinstance(error, GessoError) or error is None else GessoError(f"process 0 failed: {error!r}")
+    result, shared = broadcast((result, shared))
+    if error is not None:
+        raise error
+    if shared is not None:
+        shared.told = True
+        raise shared
+    return result  # type: ignore[return-value]
+
+
+def barrier() -> None:
+    """Waits until all processes are here."""
+    if world_size() > 1:
+        with _collective("barrier"):
+            dist.barrier()
+
+
+def data_parallel(module: nn.Module) -> nn.Module:
+    """``module`` with its gradients averaged over all processes, in buckets and while the backward pass runs.
+
+    In one process it is the module itself. Buffers are left alone: batch norm sees to its own.
+    """
+    if world_size() == 1:
+        return module
+    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+@contextlib.contextmanager
+def gradients_held(module: nn.Module) -> Iterator[None]:
+    """Within the block backward passes only add up gradients in this process (``data_parallel`` does not average)."""
+    with module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext():  # type: ignore[no-untyped-call]
+        yield

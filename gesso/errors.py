@@ -20,6 +20,8 @@ class GessoError(Exception):
     """A mistake that the user can mend. ``str(error)`` is one line; the exit code is 2."""
 
     exit_code = 2
+    told = False
+    """Another process of the same run says it to the user."""
 
     def __init__(self, what: str, *, where: str | Path | None = None, remedy: str | None = None) -> None:
         """``what`` is wrong, ``where`` it stands (file, line, image id), and the ``remedy``; joined into one line."""

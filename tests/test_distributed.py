@@ -42,9 +42,13 @@ def test_devices(monkeypatch):
     with pytest.raises(ConfigError, match="no GPU"):
         distributed.choose_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert distributed.choose_device("auto") == torch.device("cuda", 3)
     assert distributed.choose_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ConfigError, match="no GPU of its own: there are 4"):
+        distributed.choose_device("auto")
 
 
 @pytest.mark.slow
