@@ -172,7 +172,7 @@ def group(size: int) -> int:
         for start in range(0, world_size(), size):
             ranks = order[start : start + size]
             made = dist.new_group(ranks)
-            if rank() in ranks:
+            if isinstance(made, dist.ProcessGroup):  # a number stands for a group of others
                 _processes.handles.append(made)
                 _processes.by_size[size] = len(_processes.handles) - 1
     return _processes.by_size[size]
@@ -292,5 +292,5 @@ def data_parallel(module: nn.Module) -> nn.Module:
 @contextlib.contextmanager
 def gradients_held(module: nn.Module) -> Iterator[None]:
     """Within the block backward passes only add up gradients in this process (``data_parallel`` does not average)."""
-    with module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext():  # type: ignore[no-untyped-call]
+    with module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext():
         yield

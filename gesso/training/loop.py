@@ -40,8 +40,13 @@ class TrainingConfig:
 
     steps: int = 90_000
     """Optimizer steps of the stage."""
+    epochs: float | None = None
+    """Passes over the training data instead of ``steps``, which follow from it when the run begins."""
     batch_size: int = 16
     """Pictures of a step, over all processes."""
+    accumulate: int = 1
+    """Parts that a process does its pictures of a step in, one after the other, to save memory. The gradient is that
+    of the whole; batch norm sees one part at a time."""
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     """bfloat16 is mixed precision; float64 is for tests."""
     input: InputConfig = field(default_factory=InputConfig)
@@ -56,6 +61,11 @@ class TrainingConfig:
     """The largest norm of all gradients together; None = no clipping."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights, and evaluate it; None = none."""
+    precise_bn: int = 0
+    """Pictures over which the running statistics are taken anew at the end of the stage; 0 = they stay as they are."""
+    memory: str = "none"
+    """Activations of backbone and neck that are computed twice to save memory: none, stages, sqrt (Chen et al. 2016),
+    or budget=11GB, the cheapest choice that fits."""
     compile: bool | None = None
     """Compile the step as one graph; None = on a GPU, not on a CPU."""
     log_every: int = 20
@@ -68,11 +78,27 @@ class TrainingConfig:
     """How many checkpoints stay, beside the best one."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "evaluate_every", "keep_checkpoints"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "log_every",
+            "checkpoint_every",
+            "evaluate_every",
+            "keep_checkpoints",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training: {name} must be at least 1, found {getattr(self, name)}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ConfigError(f"training: clip_norm must be above 0, found {self.clip_norm}")
+        if self.epochs is not None and not self.epochs > 0:
+            raise ConfigError(f"training: epochs must be above 0, found {self.epochs}")
+        if self.precise_bn < 0:
+            raise ConfigError(f"training: precise_bn must be at least 0, found {self.precise_bn}")
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"training: {self.batch_size} pictures do not fall into accumulate = {self.accumulate} parts"
+            )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ConfigError(f"training: ema_decay must lie in [0, 1), found {self.ema_decay}")
 
