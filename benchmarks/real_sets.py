@@ -31,7 +31,7 @@ from gesso.recipes.small import fine_tuning_stage, low_resolution_stage, scratch
 from gesso.run.config import DataConfig, RunConfig
 from gesso.run.session import Observer
 from gesso.run.train import train
-from gesso.training.loop import TrainingConfig
+from gesso.training.stage import TrainingConfig
 
 SETS = ("bccd", "raccoon", "playing_cards", "chess_pieces")
 SCORES = ("AP", "AP50", "AP75")

@@ -1,5 +1,6 @@
 """The public names, sorted. ``import gesso`` gives each of them on first use."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from gesso.data.importing import import_data
@@ -44,7 +45,12 @@ def recipe(name: str) -> RunConfig:
 
 
 def train(
-    config: RunConfig | str, out: str | Path, *, resume: bool = False, init: str | Path | None = None
+    config: RunConfig | str,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    init: str | Path | None = None,
+    allow_changed: Sequence[str] = (),
 ) -> RunResult:
     """Trains a detector; ``config`` is a configuration or a recipe's name, ``out`` the run's folder.
 
@@ -52,7 +58,8 @@ def train(
     """
     name = config if isinstance(config, str) else ""
     chosen = recipe(config) if isinstance(config, str) else config
-    return train_config(chosen, Path(out), recipe=name, resume=resume, init=None if init is None else Path(init))
+    start = None if init is None else Path(init)
+    return train_config(chosen, Path(out), recipe=name, resume=resume, init=start, allow_changed=allow_changed)
 
 
 def load(run: str | Path, *, device: str = "auto") -> TrainedDetector:

@@ -1,8 +1,9 @@
 """The command line: which command, which exit code, and all printing.
 
 Results go to standard output, everything else to standard error. Exit code 0: done; 1: the command ran and found
-problems; 2: the call or the input was wrong (one line says what); 130: interrupted. A command's module is imported when
-it is called, so that ``gesso --help`` needs no torch.
+problems; 2: the call or the input was wrong (one line says what); 75: another process of the run was lost; 130 and 143:
+interrupted by SIGINT and SIGTERM. Of several processes only the first prints results, and each its own errors. A
+command's module is imported when it is called, so that ``gesso --help`` needs no torch.
 """
 
 import errno
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 import gesso
-from gesso import log
+from gesso import launch, log
 from gesso.commands.interruption import again
 from gesso.commands.parsing import Result
 from gesso.errors import ConfigError, GessoError, nearest
@@ -29,10 +30,13 @@ Pre-trains object detectors, transfers them to your task, and shows why that hel
   data stats INDEX                counts images, boxes and classes
   data split INDEX --out DIR      divides an index into train, val and test
   data export INDEX --out DIR     writes COCO, VOC or YOLO back
-  train RECIPE --out RUN          trains; --resume goes on with an interrupted run
+  train RECIPE --out RUN          trains; --resume goes on, --gpus N starts N processes
   evaluate RUN --data INDEX       COCO metrics of a run on an index
   predict RUN PICTURE... --out D  detections and drawn pictures
   score coco --gt FILE --dt FILE  COCO metrics of any pair of files
+  plan scaling RECIPE --run RUN   predicts hours and efficiency on 1 to 1,024 GPUs
+  plan bench [RECIPE]             measures efficiency over the processes at hand
+  debug replay FILE               repeats a step that was not finite, and names the module
   recipes [--check]               lists the recipes
   config RECIPE                   prints every setting of a recipe
 
@@ -49,6 +53,9 @@ COMMANDS = {
     "evaluate": "runs:evaluate",
     "predict": "runs:predict",
     "score coco": "score:coco",
+    "plan scaling": "plan:scaling",
+    "plan bench": "plan:bench_",
+    "debug replay": "debug:replay_",
     "recipes": "recipes:recipes",
     "config": "recipes:config",
 }
@@ -61,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.to_stderr()
         return _show(words)
     except GessoError as error:
-        return _say(str(error), error.exit_code)
+        return error.exit_code if error.told else _say(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _say(f"interrupted. {again(words)}", 130)
+        return 130 if launch.rank() else _say(f"interrupted. {again(words)}", 130)
     except MemoryError:
         return _say("the memory does not suffice. Choose smaller numbers, fewer workers, or smaller batches.", 2)
     except BrokenPipeError:
@@ -82,7 +89,9 @@ def _show(words: list[str]) -> int:
         result = _run(words)
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
-        print(result.text if result.data is None else json.dumps(result.data))
+        said = result.text if result.data is None else json.dumps(result.data)
+        if said and not launch.rank():
+            print(said)
         exit_code = result.exit_code
     except SystemExit:  # the parser has printed its help
         pass
@@ -91,7 +100,7 @@ def _show(words: list[str]) -> int:
 
 
 def _say(line: str, exit_code: int) -> int:
-    print(f"gesso: {line}", file=sys.stderr)
+    print(f"gesso: {log.prefix()}{line}", file=sys.stderr)
     return exit_code
 
 

@@ -6,9 +6,10 @@ those on a GPU through NCCL.
 """
 
 import contextlib
+import inspect
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,11 +19,31 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing import SignalException as SignalException  # for commands.launching
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError as ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig as LaunchConfig
+from torch.distributed.launcher.api import elastic_launch as elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
-from gesso.errors import ConfigError, GessoError
+from gesso import launch
+from gesso.errors import ConfigError, GessoError, ProcessLost
 
 T = TypeVar("T")
+E = TypeVar("E", bound=GessoError)
+_LEAVE_BUFFERS: dict[str, Any] = {
+    next(
+        name
+        for name in ("forward_sync_buffers", "broadcast_buffers")  # the newer name first
+        if name in inspect.signature(DistributedDataParallel.__init__).parameters
+    ): False
+}
+_LOST = (
+    *("connection closed by peer", "connection reset by peer", "broken pipe", "timed out"),
+    *("remote process exit", "ncclremoteerror", "communicator was aborted", "collective operation timeout"),
+)
+"""What gloo and torch's store (first line) and NCCL say where another process is gone or does not come."""
+LAUNCHER_LOG = "torch.distributed.elastic"
+"""The logger of torchrun."""
 EVERY = 0
 """The group of all processes."""
 
@@ -34,14 +55,18 @@ class Traffic:
     Attributes:
         count: collectives begun, those of the gradient buckets excepted.
         seconds: that the host waited in them.
-        current: the name of the one in progress; "" outside.
-        since: when it began, by ``time.monotonic``.
+        current: the name of the one in progress, and when it began, by ``time.monotonic``; None outside.
+        failed: the name of the first one that raised.
+        last_bucket: when the last bucket of gradients was handed over, by ``time.perf_counter``.
+        last_event: the same on a GPU, an event that tells when the device came there.
     """
 
     count: int = 0
     seconds: float = 0.0
-    current: str = ""
-    since: float = 0.0
+    current: tuple[str, float] | None = None
+    failed: str = ""
+    last_bucket: float = 0.0
+    last_event: torch.cuda.Event | None = None
 
 
 @dataclass
@@ -74,12 +99,12 @@ def is_main() -> bool:
 
 def announced_world_size() -> int:
     """The number of processes that torchrun announces in the environment, before any group exists; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return launch.world_size()
 
 
 def announced_rank() -> int:
     """The number of this process that torchrun announces in the environment; 0 without it."""
-    return int(os.environ.get("RANK", "0"))
+    return launch.rank()
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -101,20 +126,48 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", number)
 
 
-def initialise(device: torch.device | None = None, *, timeout_seconds: float = 600) -> None:
+def initialise(device: torch.device | None = None, *, timeout_seconds: float = 600) -> bool:
     """Joins the group that torchrun announces in the environment; alone, or a second time, does nothing.
+
+    Returns whether it did, so that the one who began the group ends it.
 
     Args:
         device: of this process; on a GPU its tensors go through NCCL. None = the CPU.
         timeout_seconds: a collective that takes longer fails.
+
+    Raises:
+        ProcessLost: not all processes arrive in that time.
     """
     if announced_world_size() == 1 or dist.is_initialized():
-        return
+        return False
     cuda = device is not None and device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     limit = timedelta(seconds=timeout_seconds)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit, **_meeting(limit))
+    except RuntimeError as error:
+        if not lost(error):
+            raise
+        what = f"the {announced_world_size()} processes of this run did not all arrive in {timeout_seconds:.0f} s"
+        raise ProcessLost(what, remedy="Start all of them again, or let the launcher do it.") from error
+    return True
+
+
+def _meeting(limit: timedelta) -> dict[str, Any]:
+    """Where the processes meet: in torchrun's own store, under a name of this group; as torch does it without one."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=limit)  # type: ignore[attr-defined]
+    me = {"rank": announced_rank(), "world_size": announced_world_size()}
+    name = launch.meet(store, me["rank"], me["world_size"], seconds=limit.total_seconds())
+    return {"store": dist.PrefixStore(name, store), **me}  # type: ignore[attr-defined]
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an exception of torch says that another process is gone, or did not come to a collective in time."""
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _LOST)
 
 
 def shutdown() -> None:
@@ -135,14 +188,22 @@ def alone() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def waiting(name: str) -> Iterator[None]:
-    """Says within the block that the host waits for other processes (or for the device), and for what."""
-    traffic.current, traffic.since = name, time.monotonic()
+def waiting(name: str, *, counted: bool = True) -> Iterator[None]:
+    """Says within the block that the host waits for other processes (or for the device), and for what.
+
+    The time is not ``counted`` in ``traffic.seconds`` where the host also works, as in a backward pass.
+    """
+    outer, began = traffic.current, time.monotonic()
+    traffic.current = (name, began)
     try:
         yield
+    except BaseException:
+        traffic.failed = traffic.failed or name
+        raise
     finally:
-        traffic.seconds += time.monotonic() - traffic.since
-        traffic.current = ""
+        traffic.current = outer
+        if counted:
+            traffic.seconds += time.monotonic() - began
 
 
 @contextlib.contextmanager
@@ -155,7 +216,7 @@ def _collective(name: str) -> Iterator[None]:
 def machines() -> list[int]:
     """The number of the machine of each rank, in the order of the ranks; equal numbers are one machine."""
     own = torch.tensor([int(os.environ.get("GROUP_RANK", "0"))])
-    return [int(number) for number in all_gather(own).flatten()]
+    return [int(number) for number in all_gather(own, name="machines").flatten()]
 
 
 def group(size: int) -> int:
@@ -171,7 +232,8 @@ def group(size: int) -> int:
         order = sorted(range(world_size()), key=lambda r: (by_machine[r], r))
         for start in range(0, world_size(), size):
             ranks = order[start : start + size]
-            made = dist.new_group(ranks)
+            with waiting("making of groups"):
+                made = dist.new_group(ranks)
             if isinstance(made, dist.ProcessGroup):  # a number stands for a group of others
                 _processes.handles.append(made)
                 _processes.by_size[size] = len(_processes.handles) - 1
@@ -219,7 +281,7 @@ def gather_array(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The rows of ``array`` (n, ...) of all processes one below the other; n may differ, type and the rest may not."""
     if world_size() == 1:
         return array
-    lengths = [int(n) for n in all_gather(torch.tensor([len(array)])).flatten()]
+    lengths = [int(n) for n in all_gather(torch.tensor([len(array)]), name="gather of rows").flatten()]
     width = int(np.prod(array.shape[1:])) * array.dtype.itemsize
     padded = torch.zeros(max(max(lengths) * width, 1), dtype=torch.uint8)
     padded[: len(array) * width] = torch.from_numpy(
@@ -230,26 +292,23 @@ def gather_array(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.frombuffer(b"".join(found), array.dtype).reshape(sum(lengths), *array.shape[1:])
 
 
-def broadcast(value: T) -> T:
+def broadcast(value: T, *, name: str = "broadcast") -> T:
     """What process 0 has, in all of them; small plain data."""
     if world_size() == 1:
         return value
     box = [value]
-    with _collective("broadcast"):
+    with _collective(name):
         dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def broadcast_tensor(value: Tensor) -> Tensor:
-    """Overwrites ``value`` by that of process 0, in place."""
-    if world_size() > 1:
-        with _collective("broadcast"):
-            dist.broadcast(value, src=0)
-    return value
+def all_agree(yes: bool) -> bool:
+    """Whether every process says yes."""
+    return int(all_reduce_sum(torch.tensor(int(yes)), name="agreement")) == world_size()
 
 
 def from_main(work: Callable[[], T]) -> T:
-    """What ``work`` gives in process 0, in all of them; small plain data. The others wait.
+    """What ``work`` gives in process 0, where it runs as if ``alone``, in all of them; small plain data.
 
     A GessoError of it is raised in all of them; only process 0 has to tell (``GessoError.told``).
     """
@@ -259,17 +318,32 @@ def from_main(work: Callable[[], T]) -> T:
     error: Exception | None = None
     if is_main():
         try:
-            result = work()
+            with alone():
+                result = work()
         except Exception as raised:  # noqa: BLE001  (the others must not wait for ever)
             error = raised
     shared = error if isinstance(error, GessoError) or error is None else GessoError(f"process 0 failed: {error!r}")
-    result, shared = broadcast((result, shared))
+    result, shared = broadcast((result, shared), name="work of process 0")
     if error is not None:
         raise error
     if shared is not None:
         shared.told = True
         raise shared
     return result  # type: ignore[return-value]
+
+
+def told_by_main(error: E) -> E:
+    """``error``, which all processes raise together and only process 0 has to tell."""
+    error.told = not is_main()
+    return error
+
+
+def same_everywhere(tensors: Iterable[Tensor]) -> None:
+    """Overwrites tensors by those of process 0, in place; all processes give them in one order."""
+    if world_size() > 1:
+        with _collective("broadcast of weights"):
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
 
 def barrier() -> None:
@@ -279,18 +353,38 @@ def barrier() -> None:
             dist.barrier()
 
 
+class _Parallel(DistributedDataParallel):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with waiting("forward pass", counted=False):  # the second one agrees on the order of the buckets first
+            return super().forward(*args, **kwargs)
+
+
 def data_parallel(module: nn.Module) -> nn.Module:
-    """``module`` with its gradients averaged over all processes, in buckets and while the backward pass runs.
+    """``module`` with its gradients added over all processes, in buckets and while the backward pass runs.
 
     In one process it is the module itself. Buffers are left alone: batch norm sees to its own.
     """
     if world_size() == 1:
         return module
-    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with waiting("comparison of the modules"):
+        parallel = _Parallel(module, gradient_as_bucket_view=True, **_LEAVE_BUFFERS)
+    parallel.register_comm_hook(None, _add_bucket)
+    return parallel
+
+
+def _add_bucket(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+    """Starts the sum of one bucket of gradients over all processes."""
+    traffic.last_bucket = time.perf_counter()
+    if bucket.buffer().is_cuda:
+        traffic.last_event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        traffic.last_event.record()
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+    return future
 
 
 @contextlib.contextmanager
 def gradients_held(module: nn.Module) -> Iterator[None]:
-    """Within the block backward passes only add up gradients in this process (``data_parallel`` does not average)."""
+    """Within the block backward passes only add up gradients in this process alone."""
     with module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext():
         yield

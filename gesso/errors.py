@@ -6,6 +6,7 @@
     +-- ConfigError            a recipe, an option or a key is wrong
     +-- RunError               a run folder or a checkpoint cannot be used
     +-- TrainingError          training had to stop (too many broken pictures, a loss that is not finite)
+    +-- ProcessLost            another process of the same run is gone
     Interrupted                stopped by Ctrl-C or a signal; carries the command that goes on
 
 The command line prints the message and leaves with ``exit_code``. Anything else that is raised is a bug of ours.
@@ -54,8 +55,15 @@ class TrainingError(GessoError):
     """Training had to stop."""
 
 
+class ProcessLost(GessoError):
+    """Another process of the same run is gone. The exit code 75 asks a launcher to start all of them again."""
+
+    exit_code = 75
+
+
 class Interrupted(GessoError):
-    """Stopped by Ctrl-C or a signal. The message names the command that goes on; the exit code is 130."""
+    """Stopped by Ctrl-C or a signal. The message names the command that goes on; the exit code is 130, or 143 for
+    SIGTERM."""
 
     exit_code = 130
 

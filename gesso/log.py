@@ -1,14 +1,22 @@
 """The log: one logger, lines on standard error, and a copy in the run folder.
 
-Modules do ``log = get_logger(__name__)``. Only ``cli.py`` and ``run.py`` attach handlers.
+Modules do ``log = get_logger(__name__)``. Only ``cli.py`` and ``run/train.py`` attach handlers. Of several processes
+that torchrun starts, those above 0 say warnings alone, with their number before them.
 """
 
 import logging
 import sys
 from pathlib import Path
 
+from gesso import launch
+
 ROOT = "gesso"
-_FORMAT = "%(asctime)s %(levelname).1s %(message)s"
+_FORMAT = "%(asctime)s %(levelname).1s {}%(message)s"
+
+
+def prefix() -> str:
+    """What stands before every line of this process: ``"[rank 2] "``, nothing in process 0."""
+    return f"[rank {launch.rank()}] " if launch.rank() else ""
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -18,6 +26,7 @@ def get_logger(name: str) -> logging.Logger:
 
 def to_stderr(level: int = logging.INFO) -> logging.Handler:
     """Sends the log to standard error, once, however often it is called. Returns the handler."""
+    level = max(level, logging.WARNING) if launch.rank() else level
     root = logging.getLogger(ROOT)
     root.setLevel(logging.DEBUG)
     for handler in root.handlers:
@@ -52,6 +61,6 @@ def _attach(handler: logging.Handler, level: int) -> logging.Handler:
     root = logging.getLogger(ROOT)
     root.setLevel(logging.DEBUG)
     handler.setLevel(level)
-    handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
+    handler.setFormatter(logging.Formatter(_FORMAT.format(prefix()), datefmt="%H:%M:%S"))
     root.addHandler(handler)
     return handler

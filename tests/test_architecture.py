@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gesso"
 
 LAYERS = (
-    {"config", "errors", "files", "log", "random_key"},
+    {"config", "errors", "files", "launch", "log", "random_key"},
     {"structures", "boxes", "fusion", "distributed", "label_space"},
     {"data", "models", "reports"},
     {"training", "evaluation"},

@@ -1,8 +1,12 @@
 """Draws a run's progress on standard error."""
 
+import io
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import Console
+
+from gesso import launch
 from gesso.commands.interruption import StopRequest
 from gesso.reports.progress import JobProgress, Stage, describe
 from gesso.run.session import Observer
@@ -60,3 +64,8 @@ def run_stages(config_stages: list[tuple[str, int]], *, embedded: bool, prefix: 
         *first,
         *(Stage(name=prefix + name, expected_seconds=10 * steps / longest) for name, steps in config_stages),
     ]
+
+
+def job_progress(stages: list[Stage]) -> JobProgress:
+    """The line of a job; of several processes only the first draws or logs it."""
+    return JobProgress(stages, console=Console(file=io.StringIO()) if launch.rank() else None)

@@ -1,18 +1,20 @@
 """``gesso recipes`` and ``gesso config RECIPE``."""
 
+import dataclasses
 import inspect
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import Positional
 
-from gesso.commands.parsing import Result, parse, table
+from gesso.commands.parsing import Result, option_value, parse, table
 from gesso.config import digest, flatten, from_dict, to_dict
 from gesso.errors import GessoError
-from gesso.models.build import build_detector
+from gesso.models.build import DetectorConfig
 from gesso.recipes.catalog import Recipe, all_recipes, make_config
 from gesso.run.config import RunConfig
+from gesso.run.predictor import new_detector
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,10 @@ def recipes(words: list[str]) -> Result:
     """``gesso recipes``."""
     given = parse(RecipesArguments, words, "recipes")
     rows = []
+    built: set[DetectorConfig] = set()
     for name, recipe in all_recipes().items():
         line = (inspect.getdoc(recipe) or "").splitlines()[0]
-        rows.append((name, *([_check(recipe)] if given.check else []), line))
+        rows.append((name, *([_check(recipe, built)] if given.check else []), line))
     columns = ("recipe", *(["check"] if given.check else []), "what it does")
     failed = given.check and any(row[1] != "ok" for row in rows)
     data = [
@@ -40,11 +43,14 @@ def recipes(words: list[str]) -> Result:
     return Result(table(columns, rows), data if given.json else None, 1 if failed else 0)
 
 
-def _check(recipe: Recipe) -> str:
+def _check(recipe: Recipe, built: set[DetectorConfig]) -> str:
+    """What is wrong with a recipe, or ok; each detector is built once, without a download."""
     try:
         config = recipe()
         same = digest(from_dict(RunConfig, to_dict(config))) == digest(config)
-        build_detector(config.model, num_classes=2)
+        if config.model not in built:
+            new_detector(config, 2, pretrained=False)
+            built.add(config.model)
     except GessoError as error:
         return str(error)
     return "ok" if same else "does not survive being stored"
@@ -62,7 +68,7 @@ class ConfigArguments:
 def config(words: list[str]) -> Result:
     """``gesso config RECIPE``."""
     name, rest = recipe_name(words, "config")
-    start = ConfigArguments(config=make_config(name))
+    start = ConfigArguments(config=steps_before_epochs(make_config(name), rest))
     given = parse(ConfigArguments, rest, f"config {name}", default=start, known=option_names(start.config))
     text = table(("setting", "value"), [(key, str(value)) for key, value in flatten(given.config).items()])
     return Result(text, to_dict(given.config) if given.json else None)
@@ -82,6 +88,16 @@ class _RecipeName:
 
     recipe: Positional[str]
     """For example demo:direct."""
+
+
+def steps_before_epochs(config: RunConfig, words: list[str]) -> RunConfig:
+    """The recipe's configuration without the epochs of a stage whose steps the ``words`` give."""
+    changed: dict[str, Any] = {
+        name: dataclasses.replace(stage, epochs=None)
+        for name, stage in config.stages()
+        if option_value(words, f"--{name}.steps") is not None
+    }
+    return dataclasses.replace(config, **changed)
 
 
 def option_names(config: RunConfig) -> list[str]:

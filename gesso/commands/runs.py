@@ -11,7 +11,8 @@ from tyro.conf import Positional
 
 from gesso import files
 from gesso.commands.interruption import command_line, graceful_stop
-from gesso.commands.observing import ProgressObserver, run_stages
+from gesso.commands.launching import check_gpus, joined, start, starts_others, told_once
+from gesso.commands.observing import ProgressObserver, job_progress, run_stages
 from gesso.commands.parsing import Result, option_value, parse, scores_text
 from gesso.commands.recipes import option_names, recipe_name
 from gesso.data.decode import read_picture
@@ -24,7 +25,7 @@ from gesso.reports.progress import JobProgress, Stage
 from gesso.run.config import RunConfig, read_run_config
 from gesso.run.folder import RunFolder
 from gesso.run.predictor import Predictions, find_pictures, load_run
-from gesso.run.train import train
+from gesso.run.train import check, prepared, train
 
 
 @dataclass(frozen=True)
@@ -38,29 +39,38 @@ class TrainArguments:
     """Go on with the run in --out, as it was started."""
     init: Path | None = None
     """A run or checkpoint folder whose weights to start from."""
+    gpus: int | None = None
+    """Processes on this machine, one a GPU (without any they share the CPU); torchrun starts them."""
+    allow_changed: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
+    """With --resume: settings that may differ from those that the run began with, such as training.optimizer.rate."""
     json: bool = False
     """Print JSON."""
 
 
 def train_(words: list[str]) -> Result:
     """``gesso train``."""
-    name, rest = recipe_name(words, "train")
-    recipe = make_config(name)
-    start = TrainArguments(config=_stored(rest, name) or recipe)
-    given = parse(TrainArguments, rest, f"train {name}", default=start, known=option_names(start.config))
-    if given.out is None:
-        raise ConfigError("the run's folder is not named", remedy="Add --out RUN.")
-    config = given.config
+    with told_once():
+        name, given = _train_arguments(words)
+        assert given.out is not None
+        allowed = [key for keys in given.allow_changed for key in keys]
+        if starts_others(given.gpus):
+            assert given.gpus is not None
+            check_gpus(given.gpus, given.config.device)
+            beginning: dict[str, Any] = {"resume": given.resume, "init": given.init, "allow_changed": allowed}
+            check(given.config, given.out, given.gpus, **beginning)
+            return start(given.gpus, ["train", *words])
+        config = prepared(given.config)
     again = command_line("train", *words, *([] if given.resume else ["--resume"]))
     steps = {stage: part.steps for stage, part in config.stages()}
     stages = run_stages(list(steps.items()), embedded=config.data.train is None)
-    with graceful_stop() as stop, JobProgress(stages) as job:
+    with graceful_stop() as stop, job_progress(stages) as job, joined(config.device, stop):
         result = train(
             config,
             given.out,
             recipe=name,
             resume=given.resume,
             init=given.init,
+            allow_changed=allowed,
             observer=ProgressObserver(job, steps, stop),
             how_to_resume=again,
         )
@@ -72,6 +82,17 @@ def train_(words: list[str]) -> Result:
         lines.append(scores_text(result.scores))
     data = dataclasses.asdict(result) | {"path": str(result.path)}
     return Result("\n\n".join(lines), data if given.json else None)
+
+
+def _train_arguments(words: list[str]) -> tuple[str, TrainArguments]:
+    """The recipe's name, and all options."""
+    name, rest = recipe_name(words, "train")
+    recipe = make_config(name)
+    start = TrainArguments(config=_stored(rest, name) or recipe)
+    given = parse(TrainArguments, rest, f"train {name}", default=start, known=option_names(start.config))
+    if given.out is None:
+        raise ConfigError("the run's folder is not named", remedy="Add --out RUN.")
+    return name, given
 
 
 def _stored(words: list[str], name: str) -> RunConfig | None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gesso import distributed
 from gesso.data.records import Array, Masks
 from gesso.evaluation.detections import DetectionTable
 from gesso.evaluation.masks import paste
@@ -51,6 +52,34 @@ def predict(
             if progress is not None:
                 progress(int((batch.image_index >= 0).sum()))
     return DetectionTable.concatenate(tables).ordered()
+
+
+def gathered(table: DetectionTable) -> DetectionTable:
+    """The detections of all processes, each of which had its share of the pictures, in the order of the images."""
+    if distributed.world_size() == 1:
+        return table
+    masks = table.masks
+    if not distributed.all_agree(masks is None) and masks is None:  # this process has found nothing
+        masks = Masks.none(len(table))
+    columns = [distributed.gather_array(c) for c in (table.image_id, table.label, table.score, table.xyxy)]
+    joined = DetectionTable(
+        image_id=columns[0],
+        label=columns[1],
+        score=columns[2],
+        xyxy=columns[3],
+        masks=None if masks is None else _gathered_masks(masks),
+    )
+    return joined.ordered()
+
+
+def _gathered_masks(masks: Masks) -> Masks:
+    """The masks of all processes: lengths are gathered, offsets follow from them."""
+    kinds, parts, lengths, data = (
+        distributed.gather_array(column)
+        for column in (masks.kinds, np.diff(masks.offsets), np.diff(masks.part_offsets), masks.data)
+    )
+    offsets, part_offsets = (np.concatenate([np.zeros(1, np.int64), np.cumsum(column)]) for column in (parts, lengths))
+    return Masks(kinds=kinds, offsets=offsets, part_offsets=part_offsets, data=data)
 
 
 @contextlib.contextmanager

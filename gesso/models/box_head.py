@@ -17,6 +17,7 @@ from gesso.models.layers import Norm, RegionLinear, conv_block
 from gesso.models.losses import (
     BoxLossConfig,
     LossTerm,
+    balance,
     each_box_loss,
     each_class_loss,
     each_sigmoid_class_loss,
@@ -91,8 +92,9 @@ class RegionHead(nn.Module):
 
     def losses(self, predictions: RegionPredictions, regions: RoISample) -> dict[str, LossTerm]:
         """``box_class`` and ``box_regression`` on sampled regions."""
-        counted = regions.valid.sum()
-        return {name: LossTerm(each.sum(), counted) for name, each in self.each_loss(predictions, regions).items()}
+        counted, share = regions.valid.sum(), balance(regions.positive, regions.valid)
+        each = self.each_loss(predictions, regions)
+        return {name: LossTerm(of.sum(), counted, share if name == "box_class" else None) for name, of in each.items()}
 
     def each_loss(self, predictions: RegionPredictions, regions: RoISample) -> dict[str, Tensor]:
         """The same of every region by itself (B, R), 0 where it is not valid."""

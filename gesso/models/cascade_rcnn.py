@@ -135,7 +135,7 @@ class CascadeRCNN(TwoStageDetector):
                 regions = match_rois(boxes, valid, targets, sampling)
             predictions = head(self.pooler(maps, regions.boxes), len(batch.images))
             for name, term in head.losses(predictions, regions).items():
-                terms[f"{name}{k + 1}"] = LossTerm(self.config.stage_weights[k] * term.total, term.samples)
+                terms[f"{name}{k + 1}"] = term._replace(total=self.config.stage_weights[k] * term.total)
             boxes, valid = self._refine(head, predictions, regions.boxes, valid, batch.sizes)
         return terms
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gesso.errors import ConfigError, nearest
 from gesso.models.backbone import Backbone, BackboneConfig
-from gesso.models.losses import LossTerm, mean_over_batch
+from gesso.models.losses import BatchLosses, LossTerm, over_global_batch
 from gesso.models.neck import NeckConfig, build_neck
 from gesso.structures import Detections, ImageBatch, Targets
 
@@ -40,22 +40,32 @@ class Detector(nn.Module, ABC):
         for name, values in (("mean", self.backbone.mean), ("std", self.backbone.std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1) * 255, persistent=False)
 
-    def forward(self, batch: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | Detections:
+    def forward(
+        self,
+        batch: ImageBatch,
+        targets: Targets | None = None,
+        *,
+        counts: Tensor | None = None,
+        counted: bool = False,
+    ) -> dict[str, Tensor] | BatchLosses | Detections:
         """Losses in training mode, detections in evaluation mode.
 
         Args:
             batch: the pictures.
             targets: ground truth; needed in training mode, not looked at in evaluation mode.
+            counts: of the whole global batch, where this is a part of it (``losses.over_global_batch``).
+            counted: give the counts and the ratios of samples beside the losses.
 
         Returns:
             In training mode 0-dim tensors by name, each a mean over the samples of the global batch; the loss is their
-            sum.
+            sum. With several processes they are this process's share of these means, which add up over them.
         """
         maps = self.maps(batch)
         if not self.training:
             return self.detect(maps, batch)
         assert targets is not None, "training mode needs targets"
-        return {name: mean_over_batch(term) for name, term in self.losses(maps, batch, targets).items()}
+        found = over_global_batch(self.losses(maps, batch, targets), counts)
+        return found if counted else found.losses
 
     @abstractmethod
     def losses(self, maps: Mapping[str, Tensor], batch: ImageBatch, targets: Targets) -> dict[str, LossTerm]:

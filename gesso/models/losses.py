@@ -4,6 +4,7 @@ Shape letters: B images, N anchors, K samples an image, C classes (without backg
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gesso import boxes as geometry
+from gesso.distributed import global_sum
 from gesso.errors import ConfigError
 
 _EPS = 1e-7
@@ -43,22 +45,64 @@ class LossTerm(NamedTuple):
 
     Attributes:
         total: 0-dim, the sum over this process's samples.
-        samples: 0-dim, how many it is divided by, summed over the global batch first.
+        samples: 0-dim int64, how many it is divided by, summed over the global batch first.
+        balance: (2,) int64, how many positive and negative samples it is of, for the log; None = not of interest.
     """
 
     total: Tensor
     samples: Tensor
+    balance: Tensor | None = None
 
 
-def mean_over_batch(term: LossTerm) -> Tensor:
-    """The mean over the global batch; 0 where there is no sample."""
-    return term.total / term.samples.clamp(min=1)
+class BatchLosses(NamedTuple):
+    """The losses of one process's part of the global batch.
+
+    Attributes:
+        losses: 0-dim by name; summed over all processes (and over all parts that a process does one after the other)
+            they are the means over the global batch.
+        counts: (K,) int64 over the global batch: the samples of each loss, then each balance.
+        ratios: 0-dim by name, positive to negative samples of the global batch (MegDet, Table 1).
+    """
+
+    losses: dict[str, Tensor]
+    counts: Tensor
+    ratios: dict[str, Tensor]
+
+
+def mean_over_batch(term: LossTerm, samples: Tensor | None = None) -> Tensor:
+    """The total over ``samples`` of the global batch, or over the term's own; 0 where there is none."""
+    return term.total / (term.samples if samples is None else samples).clamp(min=1)
+
+
+def over_global_batch(terms: Mapping[str, LossTerm], counts: Tensor | None = None) -> BatchLosses:
+    """Normalises by the samples of all processes, never as a mean of means; one collective.
+
+    Args:
+        terms: of this process, by name.
+        counts: ``BatchLosses.counts`` where they are known already; None asks all processes.
+    """
+    balances = {name: term.balance for name, term in terms.items() if term.balance is not None}
+    if counts is None:
+        own = [term.samples.reshape(1) for term in terms.values()] + list(balances.values())
+        counts = global_sum(torch.cat([count.to(torch.int64) for count in own]))
+    first = len(terms)
+    means = {name: mean_over_batch(term, counts[k]) for k, (name, term) in enumerate(terms.items())}
+    ratios = {
+        f"{name}_positive_ratio": counts[first + 2 * k] / counts[first + 2 * k + 1].clamp(min=1)
+        for k, name in enumerate(balances)
+    }
+    return BatchLosses(means, counts, ratios)
+
+
+def balance(positive: Tensor, valid: Tensor) -> Tensor:
+    """(2,) int64, how many samples are positive, and how many valid ones are not."""
+    return torch.stack([positive.sum(), (valid & ~positive).sum()])
 
 
 def objectness_loss(logits: Tensor, positive: Tensor, valid: Tensor) -> LossTerm:
     """Binary cross-entropy over the valid samples; all arguments (B, K)."""
     each = F.binary_cross_entropy_with_logits(logits, positive.to(logits.dtype), reduction="none")
-    return LossTerm(torch.where(valid, each, 0).sum(), valid.sum())
+    return LossTerm(torch.where(valid, each, 0).sum(), valid.sum(), balance(positive & valid, valid))
 
 
 def class_loss(logits: Tensor, labels: Tensor, valid: Tensor) -> LossTerm:

@@ -20,7 +20,7 @@ from gesso.models.backbone import BackboneConfig
 from gesso.models.detector import Detector, image_shape
 from gesso.models.fpn import FPNConfig
 from gesso.models.layers import Norm, conv_block
-from gesso.models.losses import BoxLossConfig, LossTerm, each_box_loss, focal_loss
+from gesso.models.losses import BoxLossConfig, LossTerm, balance, each_box_loss, focal_loss
 from gesso.models.matching import match, take
 from gesso.models.neck import NeckConfig
 from gesso.models.postprocess import PostprocessConfig, select_detections
@@ -199,7 +199,8 @@ class RetinaNet(Detector):
         truth = take(targets.boxes.to(dtype), matches.slot)
         box = each_box_loss(deltas, anchors, truth, positive, c.box_loss, _WEIGHTS).sum(dim=1)
         counts = positive.sum(dim=1)
-        return {"focal": self._term(focal, counts), "box": self._term(box, counts)}
+        share = balance(positive, valid)
+        return {"focal": self._term(focal, counts)._replace(balance=share), "box": self._term(box, counts)}
 
     def _term(self, sums: Tensor, counts: Tensor) -> LossTerm:
         """Sums (B,) over the anchors of each image, which has ``counts`` (B,) positive ones."""

@@ -173,8 +173,9 @@ def _match(boxes: Tensor, targets: Targets, config: RoISamplingConfig) -> Matche
 
 @torch.no_grad()
 def hardest(regions: RoISample, difficulty: Tensor, config: RoISamplingConfig) -> RoISample:
-    """The ``config.samples`` * B regions of the whole batch with the highest loss after NMS by it, hardest first.
+    """The ``config.samples`` * B regions of all pictures with the highest loss after NMS by it, hardest first.
 
+    Each process takes those of its own pictures, so that which ones they are depends on the number of processes.
     Source: Training Region-based Object Detectors with Online Hard Example Mining (Shrivastava et al. 2016), section 4.
 
     Args:

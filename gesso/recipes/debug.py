@@ -5,9 +5,9 @@ from gesso.data.transforms import InputConfig, KeepRatio
 from gesso.models.norm import NormPolicy
 from gesso.recipes.small import small_detector
 from gesso.run.config import DataConfig, RunConfig
-from gesso.training.loop import TrainingConfig
 from gesso.training.optimizer import SGD
 from gesso.training.schedule import ScheduleConfig
+from gesso.training.stage import TrainingConfig
 
 
 def tiny() -> RunConfig:

@@ -17,9 +17,9 @@ from gesso.models.norm import NormPolicy
 from gesso.models.postprocess import PostprocessConfig
 from gesso.models.roi import RoIPoolConfig, RoISamplingConfig
 from gesso.models.rpn import RPNConfig
-from gesso.training.loop import TrainingConfig
 from gesso.training.optimizer import AdamW
 from gesso.training.schedule import ScheduleConfig
+from gesso.training.stage import TrainingConfig
 
 
 def small_detector(*, pretrained: bool = False, backbone: str = "resnet10t") -> FasterRCNNConfig:

@@ -19,13 +19,19 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 _log = logging.getLogger("gesso.progress")  # the handlers of gesso.log stand at "gesso"
+ROWS = "gesso.rows"
+"""The logger of rows of metrics.jsonl, a line each. Where a line is drawn it says the same, so that standard error does
+not get them; elsewhere they stand for the plain lines."""
+_PHASES = ("data", "forward", "backward", "communication", "optimizer")
+_SHARE, _RATIO = "_share", "_positive_ratio"
 _NOT_PARTS = {
     "step",
     "loss",
     "learning_rate",
     "images_per_second",
-    "data_share",
+    "images_per_second_per_gpu",
     "step_seconds",
+    "eta_seconds",
     "memory_gib",
     "seconds",
     "samples",
@@ -77,6 +83,8 @@ class JobProgress:
             before = sys.stderr
             self._drawn.start()
             self._redirect_log(before)
+        else:
+            logging.getLogger(ROWS).addFilter(self._row_was_logged)
         return self
 
     def __exit__(
@@ -86,8 +94,10 @@ class JobProgress:
             self._close_stage()
         if self._drawn is not None:
             self._drawn.stop()
+        logging.getLogger(ROWS).removeFilter(self._row_was_logged)
         for handler, stream in self._redirected:
             handler.setStream(stream)
+            handler.removeFilter(_is_no_row)
         self._redirected.clear()
 
     def begin(self, name: str) -> None:
@@ -182,6 +192,15 @@ class JobProgress:
             if isinstance(handler, logging.StreamHandler) and handler.stream is before:
                 self._redirected.append((handler, before))
                 handler.setStream(sys.stderr)
+                handler.addFilter(_is_no_row)
+
+    def _row_was_logged(self, record: logging.LogRecord) -> bool:
+        self._logged = self._clock()
+        return True
+
+
+def _is_no_row(record: logging.LogRecord) -> bool:
+    return record.name != ROWS
 
 
 class _LeftColumn(ProgressColumn):
@@ -197,24 +216,49 @@ def describe(row: Mapping[str, object]) -> str:
     """
     scores = [(name, _number(row, key)) for key, name in (("AP", "AP"), ("mask_AP", "mask AP"))]
     words = [f"{name} {value:.3f}" for name, value in scores if value is not None]
-    loss = _number(row, "loss")
-    if loss is not None:
-        parts = [
-            f"{name.removesuffix('_loss').removeprefix('loss_')} {float(value):.3f}"
-            for name, value in row.items()
-            if name not in _NOT_PARTS and isinstance(value, int | float) and not isinstance(value, bool)
-        ]
-        words.append(f"loss {loss:.3f}" + (f" ({' '.join(parts)})" if parts else ""))
-    rate = _number(row, "images_per_second")
+    words += _loss(row)
+    rate, share = _number(row, "images_per_second"), _number(row, "data_share")
+    words += [] if rate is None else [f"{rate:.1f} img/s"]
+    words += [] if share is None else [f"data wait {100 * share:.0f}%"]
+    return ", ".join(words + _memory(row))
+
+
+def row_line(row: Mapping[str, object], done: int, total: int) -> str:
+    """A row of ``metrics.jsonl`` of training as one line: everything that it says, after ``done`` of ``total`` steps.
+
+    Keys that are missing are left out.
+    """
+    words = _loss(row)
+    for key, form in (("gradient_norm", "gradient {:.3g}"), ("learning_rate", "rate {:.3g}")):
+        value = _number(row, key)
+        words += [] if value is None else [form.format(value)]
+    rate, each = _number(row, "images_per_second"), _number(row, "images_per_second_per_gpu")
     if rate is not None:
-        words.append(f"{rate:.1f} img/s")
-    share = _number(row, "data_share")
-    if share is not None:
-        words.append(f"data wait {100 * share:.0f}%")
+        words.append(f"{rate:.1f} img/s" + ("" if each in (None, rate) else f" ({each:.1f} each)"))
+    shares = [(phase, _number(row, phase + _SHARE)) for phase in _PHASES]
+    shown = [f"{phase} {100 * share:.0f}%" for phase, share in shares if share is not None]
+    words += [" ".join(shown)] if shown else []
+    ratios = [f"{name.removesuffix(_RATIO)} {_number(row, name):.3g}" for name in row if name.endswith(_RATIO)]
+    words += [f"positive/negative {' '.join(ratios)}"] if ratios else []
+    words += _memory(row)
+    left = _number(row, "eta_seconds")
+    words += [] if left is None else [f"{format_seconds(left)} left"]
+    return f"{row.get('stage', 'training')} {done}/{total}: {', '.join(words)}"
+
+
+def _loss(row: Mapping[str, object]) -> list[str]:
+    loss = _number(row, "loss")
+    if loss is None:
+        return []
+    names = [name for name in row if name not in _NOT_PARTS and not name.endswith((_SHARE, _RATIO))]
+    values = [(name.removesuffix("_loss").removeprefix("loss_"), _number(row, name)) for name in names]
+    parts = " ".join(f"{name} {value:.3f}" for name, value in values if value is not None)
+    return [f"loss {loss:.3f}" + (f" ({parts})" if parts else "")]
+
+
+def _memory(row: Mapping[str, object]) -> list[str]:
     memory = _number(row, "memory_gib")
-    if memory is not None:
-        words.append(f"{memory:.2f} GiB")
-    return ", ".join(words)
+    return [] if memory is None else [f"{memory:.2f} GiB"]
 
 
 def format_seconds(seconds: float) -> str:

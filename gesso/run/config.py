@@ -1,21 +1,24 @@
 """The configuration of a run: the tree that a recipe returns."""
 
 import dataclasses
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gesso import config as configs
 from gesso.data.demo import DemoConfig
-from gesso.errors import ConfigError
+from gesso.errors import ConfigError, nearest
 from gesso.models.build import DetectorConfig
 from gesso.models.faster_rcnn import FasterRCNNConfig
 from gesso.run.folder import RunFolder
-from gesso.training.loop import TrainingConfig
+from gesso.training.stage import TrainingConfig
 
 FREE_KEYS = ("device", "tensorboard", "data.workers", "data.inference_batch_size")
 FREE_STAGE_KEYS = ("log_every", "checkpoint_every", "evaluate_every", "keep_checkpoints")
 """What a resume may change without being asked twice: it does not change the result."""
+Changes = dict[str, tuple[Any, Any]]
+"""(before, now) by key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,19 +77,54 @@ def read_run_config(folder: RunFolder) -> RunConfig:
     return configs.from_dict(RunConfig, folder.read_config()["config"])
 
 
-def check_same(folder: RunFolder, config: RunConfig) -> None:
-    """Refuses a resume whose configuration would change the result."""
+def check_same(folder: RunFolder, config: RunConfig, allowed: Sequence[str] = ()) -> Changes:
+    """Refuses a resume whose configuration would change the result.
+
+    Args:
+        folder: the run.
+        config: the configuration to go on with.
+        allowed: keys that may differ; ``training.optimizer`` allows all below it. ``FREE_KEYS`` always may.
+
+    Returns:
+        The allowed differences: (before, now) by key.
+
+    Raises:
+        ConfigError: another key differs (all of them are listed), or an allowed one does not exist.
+    """
+    stored = read_run_config(folder)
+    allowed = [key.replace("-", "_").strip(".") for key in allowed]
+    _check_known(allowed, configs.flatten(stored).keys() | configs.flatten(config).keys())
     free = {*FREE_KEYS, *(f"{stage}.{key}" for stage in ("pretraining", "training") for key in FREE_STAGE_KEYS)}
-    changed = {
-        key: values for key, values in configs.differences(read_run_config(folder), config).items() if key not in free
-    }
-    if changed:
-        shown = "; ".join(f"{key} was {old}, is {new}" for key, (old, new) in list(changed.items())[:6])
+    found = {key: values for key, values in configs.differences(stored, config).items() if key not in free}
+    refused = [key for key in found if not any(f"{key}.".startswith(f"{parent}.") for parent in allowed)]
+    if refused:
+        shown = "; ".join(f"{key} was {found[key][0]}, is {found[key][1]}" for key in refused)
         raise ConfigError(
             f"the configuration is not that of the run: {shown}",
             where=folder.path,
-            remedy="Resume without these options.",
+            remedy=f"Resume without these options, or insist with --allow-changed {' '.join(refused)}",
         )
+    return found
+
+
+def _check_known(allowed: Sequence[str], keys: Set[str]) -> None:
+    parents = {key.rsplit(".", depth)[0] for key in keys for depth in range(1, key.count(".") + 1)}
+    for key in allowed:
+        if key not in keys | parents:
+            raise ConfigError(f"--allow-changed: there is no key '{key}'", remedy=nearest(key, keys | parents))
+
+
+def check_processes(config: RunConfig, processes: int) -> None:
+    """ConfigError where a stage's batch cannot be divided among the processes; it names the numbers that can."""
+    for name, stage in config.stages():
+        unit = stage.batch_size // stage.accumulate
+        if unit % processes:
+            fitting = ", ".join(str(n) for n in range(1, unit + 1) if unit % n == 0)
+            parts = "" if stage.accumulate == 1 else f", in {stage.accumulate} parts,"
+            raise ConfigError(
+                f"{name}: {stage.batch_size} pictures a step{parts} cannot be divided among {processes} processes",
+                remedy=f"Start {fitting} processes, or choose another --{name}.batch-size.",
+            )
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

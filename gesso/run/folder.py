@@ -11,13 +11,17 @@ import fcntl
 import itertools
 import json
 import os
+import re
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from gesso import files
 from gesso.errors import DataError, InputError, RunError
 from gesso.label_space import LabelSpace
+
+_UNBORN = re.compile(r"\.config\.json\.\d+\.tmp")
 
 
 class RunFolder:
@@ -38,15 +42,20 @@ class RunFolder:
         Raises:
             RunError: the folder exists and is not empty.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        cls.check_free(path)
+        folder = cls(path)
+        folder.write_config(config)
+        return folder
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """RunError where ``path`` exists and is not empty; what a process left that died in ``create`` is nothing."""
+        if path.exists() and (not path.is_dir() or any(not _UNBORN.fullmatch(entry.name) for entry in path.iterdir())):
             raise RunError(
                 "this folder exists already",
                 where=path,
                 remedy="Go on with its run by --resume, or name another folder with --out.",
             )
-        folder = cls(path)
-        files.write_json(path / "config.json", dict(config))
-        return folder
 
     def write_label_space(self, label_space: LabelSpace) -> None:
         """Keeps the categories that the run's detector predicts."""
@@ -71,12 +80,25 @@ class RunFolder:
             raise RunError(what, where=path, remedy="Name the folder that gesso train wrote with --out.")
         return cls(path)
 
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Stores the configuration with what stands beside it; see ``read_config``."""
+        files.write_json(self.path / "config.json", dict(config))
+
     def read_config(self) -> dict[str, Any]:
-        """The stored configuration with its ``recipe`` and ``environment``, as plain data."""
+        """The stored configuration, as plain data, and what stands beside it.
+
+        ``recipe``, ``init``, ``environment``, ``launch`` (which torchrun began the run, None without one) and
+        ``changed`` (what was changed at a resume, a list of ``step``, ``key``, ``old`` and ``new``).
+        """
         value = files.read_json(self.path / "config.json")
         if not isinstance(value, dict) or "config" not in value:
             raise RunError("this is no run's configuration", where=self.path / "config.json")
         return value
+
+    def first_weights(self) -> Path | None:
+        """The run or checkpoint that the run started from; None where it began with new weights."""
+        stored = self.read_config().get("init")
+        return None if stored is None else Path(stored)
 
     def read_label_space(self) -> LabelSpace:
         """The categories that the run's detector predicts."""
@@ -87,19 +109,20 @@ class RunFolder:
         return self.metrics.exists() or self.checkpoints.exists()
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds the run for one process. RunError where another one holds it."""
+    def locked(self, *, patience: float = 0.0) -> Iterator[None]:
+        """Holds the run for one process. RunError where another one holds it for longer than ``patience`` seconds."""
+        end = time.monotonic() + patience
         with (self.path / "lock").open("a+", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                lock.seek(0)
-                holder = lock.read().strip() or "unknown"
-                raise RunError(
-                    f"this run is being written by another process ({holder})",
-                    where=self.path,
-                    remedy="Wait for it or stop it.",
-                ) from error
+            while not _taken(lock):
+                if time.monotonic() >= end:
+                    lock.seek(0)
+                    holder = lock.read().strip() or "unknown"
+                    raise RunError(
+                        f"this run is being written by another process ({holder})",
+                        where=self.path,
+                        remedy="Wait for it or stop it.",
+                    )
+                time.sleep(0.1)
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
             lock.flush()
@@ -155,6 +178,15 @@ class RunFolder:
         for entry in sorted(self.detections.glob("*")) if self.detections.exists() else []:
             if entry.suffix != ".stale" and entry.stem.isdigit() and int(entry.stem) > step:
                 entry.replace(_free_name(entry))
+
+
+def _taken(lock: TextIO) -> bool:
+    """Takes the lock, where nobody holds it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _free_name(entry: Path) -> Path:

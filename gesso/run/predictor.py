@@ -26,7 +26,7 @@ from gesso.data.transforms import InputConfig
 from gesso.errors import ConfigError, DataError, InputError, RunError
 from gesso.evaluation.coco import score_coco, score_masks
 from gesso.evaluation.detections import DetectionTable
-from gesso.evaluation.predict import Precision, predict
+from gesso.evaluation.predict import Precision, gathered, predict
 from gesso.label_space import LabelSpace
 from gesso.models.build import build_detector
 from gesso.models.detector import Detector
@@ -191,12 +191,21 @@ class TrainedDetector:
     ) -> DetectionTable:
         """All detections on the pictures of an index, labelled in the detector's own label space.
 
+        With several processes each takes its share of the pictures, and all get everything.
+
         Raises:
             DataError: more than 1% of the pictures, and three to spare, cannot be read.
         """
-        batches = inference_batches(index, self.input, batch_size=self.batch_size, workers=workers)
+        batches = inference_batches(
+            index,
+            self.input,
+            batch_size=self.batch_size,
+            workers=workers,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+        )
         try:
-            found = predict(
+            own = predict(
                 self.ready,
                 batches,
                 device=self.device,
@@ -206,6 +215,7 @@ class TrainedDetector:
             )
         finally:
             batches.close()
+        found = gathered(own)
         if len(batches.broken) > MAX_SHARE * len(index) + ALLOWANCE:
             last = batches.broken[-1].error
             raise DataError(
@@ -235,10 +245,12 @@ class TrainedDetector:
                 remedy="Evaluate on data with the same category names.",
             )
         mapped = self.detect(index, workers=workers, progress=progress).map_labels(there)
-        scores = score_coco(index, mapped)
-        if mapped.masks is not None and has_masks(index):
-            scores |= score_masks(index, mapped)
-        return scores, mapped
+
+        def scored() -> dict[str, Any]:
+            masks = mapped.masks is not None and has_masks(index)
+            return score_coco(index, mapped) | (score_masks(index, mapped) if masks else {})
+
+        return distributed.from_main(scored), mapped
 
 
 def _noting(batches: Iterable[ImageBatch], sizes: Array) -> Iterator[ImageBatch]:

@@ -3,36 +3,45 @@
 import importlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gesso import config as configs
 from gesso import distributed, log
+from gesso.data.index import Index
 from gesso.data.loading import TrainingBatches, training_batches
 from gesso.errors import InputError, Interrupted, RunError
 from gesso.evaluation.coco import KEYS, MASK_KEYS
 from gesso.evaluation.detection_files import write_detections
+from gesso.evaluation.detections import DetectionTable
 from gesso.models.detector import Detector
 from gesso.models.norm import NormPolicy, apply_norm_policy
 from gesso.random_key import fold, stream
+from gesso.reports.progress import ROWS, describe, row_line
 from gesso.run.config import RunConfig
 from gesso.run.data import open_data
+from gesso.run.failure import save_failure
 from gesso.run.folder import RunFolder
 from gesso.run.predictor import TrainedDetector, new_detector
 from gesso.run.report import write_run_report
+from gesso.run.saving import Saver
 from gesso.training import checkpoint as checkpoints
-from gesso.training.checkpoint import Checkpoint, CheckpointState
-from gesso.training.ema import EMA
-from gesso.training.loop import Batches, Callbacks, Row, Stage, TrainingConfig, run_stage
+from gesso.training.checkpoint import Checkpoint
+from gesso.training.ema import EMA, swapped
+from gesso.training.loop import Batches, Callbacks, run_stage
 from gesso.training.optimizer import build_optimizer
+from gesso.training.precise_bn import precise_statistics
+from gesso.training.stage import Stage, TrainingConfig
+from gesso.training.step import Row
+from gesso.training.timing import RowMeter
 from gesso.training.worst_case import largest_shape, rehearse
 
-logger = log.get_logger(__name__)
+logger, row_logger = log.get_logger(__name__), log.get_logger(ROWS)
 
 INIT = stream("init")
 STAGES = {name: stream(name) for name in ("pretraining", "training")}
@@ -82,29 +91,30 @@ class Session:
     def __init__(self, config: RunConfig, folder: RunFolder, observer: Observer, how_to_resume: str) -> None:
         self.config, self.folder, self.observer, self.how_to_resume = config, folder, observer, how_to_resume
         self.device = distributed.choose_device(config.device)
-        self.train_index, self.val_index = open_data(config.data, folder.path, observer.prepare)
+        distributed.from_main(lambda: self._open_data() and None)  # which makes the embedded data set, once
+        self.train_index, self.val_index = self._open_data()
         self.space = self.train_index.label_space
-        folder.keep_label_space(self.space)
+        distributed.from_main(lambda: folder.keep_label_space(self.space))
         self.base = 0  # steps of the stages before the one at hand
-        self.best: tuple[float, int] | None = None  # AP and step
-        self.saved_best: tuple[float, int] | None = None  # the same among the checkpoints on disk
+        self.saver = Saver(folder, configs.digest(config))
+        self.meter = RowMeter()  # of the stage at hand, and so are
+        self.precise: dict[str, Tensor] = {}  # statistics of batch norm, once they are taken anew
         self.tensorboard: Any = None
+
+    def _open_data(self) -> tuple[Index, Index | None]:
+        return open_data(self.config.data, self.folder.path, self.observer.prepare)
 
     def run(self, init: Path | None) -> RunResult:
         """Works through the stages that are left. See ``train``."""
         torch.manual_seed(fold(self.config.seed, INIT))
-        newest = checkpoints.newest_checkpoint(self.folder.checkpoints)
-        if newest is None and any(self.folder.checkpoints.glob("[0-9]*/state.json")):
-            raise RunError(
-                "none of its checkpoints is whole, so there is nothing to go on from",
-                where=self.folder.checkpoints,
-                remedy="Bring one back, or train into another folder.",
-            )
+        newest = distributed.from_main(self._newest)
         detector = new_detector(
             self.config, len(self.space), pretrained=None if newest is None and init is None else False
         )
         if init is not None and newest is None:
             _start_from(detector, init)
+        if newest is None:
+            distributed.same_everywhere(detector.state_dict().values())
         self._rewind(newest)
         detector.to(self.device)
         stages = self.config.stages()
@@ -120,10 +130,9 @@ class Session:
             newest = None
             self._train(name, stage)
             seconds = stage.seconds
-            if stage.ema is not None:
-                detector.load_state_dict(stage.ema.average)
+            detector.load_state_dict(self._result(stage), strict=False)
             self.base += stage_config.steps
-        write_run_report(self.folder, self.val_index)
+        distributed.from_main(lambda: write_run_report(self.folder, self.val_index) and None)
         evaluations = self.folder.evaluations()
         last = evaluations[-1] if evaluations else None
         kept = (*KEYS, *MASK_KEYS, "by_class")
@@ -131,8 +140,20 @@ class Session:
         images = sum(stage.steps * stage.batch_size for _, stage in stages)
         return RunResult(path=self.folder.path, scores=scores, seconds=seconds, images=images)
 
+    def _newest(self) -> Checkpoint | None:
+        """The checkpoint to go on from. RunError where there are some and none is whole."""
+        newest = checkpoints.newest_checkpoint(self.folder.checkpoints)
+        if newest is None and any(self.folder.checkpoints.glob("[0-9]*/state.json")):
+            raise RunError(
+                "none of its checkpoints is whole, so there is nothing to go on from",
+                where=self.folder.checkpoints,
+                remedy="Bring one back, or train into another folder.",
+            )
+        return newest
+
     def close(self) -> None:
         """Brings what is still in memory to the disk."""
+        self.saver.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
 
@@ -148,15 +169,11 @@ class Session:
     def _rewind(self, newest: Checkpoint | None) -> None:
         """Takes the folder back to the checkpoint that the run goes on from (or to its beginning)."""
         step = 0 if newest is None else newest.state.step
-        self.folder.rewind(step)
+        distributed.from_main(lambda: self.folder.rewind(step))
         if newest is not None:
-            state = newest.state
-            self.best = (
-                None if state.best_score is None or state.best_step is None else (state.best_score, state.best_step)
-            )
-            self.saved_best = self.best
+            self.saver.resume(newest.state)
             logger.info("going on from step %d", step)
-        if self.config.tensorboard:
+        if self.config.tensorboard and distributed.is_main():
             module = importlib.import_module("gesso.reports.tensorboard")
             self.tensorboard = module.TensorBoardWriter(self.folder.path / "tensorboard", resumed_step=step + 1)
 
@@ -164,7 +181,8 @@ class Session:
         self, name: str, config: TrainingConfig, detector: nn.Module, newest: Checkpoint | None, seconds: float
     ) -> Stage:
         """A stage at its beginning, or where the checkpoint left it."""
-        apply_norm_policy(detector, config.norm, world_size=distributed.world_size())
+        pictures = config.batch_size // (distributed.world_size() * config.accumulate)
+        apply_norm_policy(detector, config.norm, pictures=pictures)
         detector.to(torch.float64 if config.precision == "float64" else torch.float32)
         if newest is not None:
             newest.load_model(detector)
@@ -178,11 +196,13 @@ class Session:
             seed=fold(self.config.seed, STAGES[name]),
             seconds=seconds,
         )
+        self.meter, self.precise = RowMeter(), {}
         if newest is not None:
             newest.load_optimizer(stage.optimizer)
             if ema is not None:
                 newest.load_ema(ema)
             stage.step, stage.sample, stage.seconds = newest.state.stage_step, newest.state.sample, newest.state.seconds
+            self.meter, self.precise = RowMeter.resumed(newest.state.meter), newest.precise_statistics()
         return stage
 
     def _train(self, name: str, stage: Stage) -> None:
@@ -205,6 +225,8 @@ class Session:
             batch_size=stage.config.batch_size,
             first_sample=stage.sample,
             workers=data.workers,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
             max_boxes=data.max_boxes,
             mask_side=stage.module.mask_side if isinstance(stage.module, Detector) else 0,
         )
@@ -212,19 +234,23 @@ class Session:
         callbacks = Callbacks(
             row=lambda step, row: self._row(name, self.base + step, row),
             checkpoint=lambda at: self._save(name, at),
-            evaluate=lambda at: self._evaluate(name, at, final=last),
+            evaluate=lambda at: self._evaluate(name, at, batches, final=last),
             tick=lambda step: self.observer.step(name, step),
             should_stop=self.observer.should_stop,
+            failed=lambda at, step, *part: save_failure(self.folder, name, at, step, *part),
+            meter=self.meter,
         )
         try:
             run_stage(stage, self._rehearsed(name, stage, batches), callbacks)
         finally:
             batches.close()
         if stage.stopped and not (last and stage.step == stage.config.steps):
-            raise Interrupted(
-                f"interrupted at step {self.base + stage.step}; everything up to it is saved",
-                where=self.folder.path,
-                remedy=f"Go on with: {self.how_to_resume}" if self.how_to_resume else "Go on with resume=True.",
+            raise distributed.told_by_main(
+                Interrupted(
+                    f"interrupted at step {self.base + stage.step}; everything up to it is saved",
+                    where=self.folder.path,
+                    remedy=f"Go on with: {self.how_to_resume}" if self.how_to_resume else "Go on with resume=True.",
+                )
             )
 
     def _rehearsed(self, name: str, stage: Stage, batches: TrainingBatches) -> Batches:
@@ -235,22 +261,40 @@ class Session:
         return itertools.chain([first], batches)
 
     def _row(self, name: str, step: int, row: Row) -> None:
+        if not distributed.is_main():
+            return
         before = sum(s.steps * s.batch_size for _, s in self.config.stages()[: self._number(name)])
         row = {"step": step, "stage": name, **row, "images": before + row["images"]}
         with self._full_disk_is_survived(step):
             self.folder.append(row)
+        row_logger.info(row_line(row, step - self.base, self.config.stages()[self._number(name)][1].steps))
         self.observer.row(row)
+        self.saver.poll()
         if self.tensorboard is not None:
             self.tensorboard.add_row(step, row, group="train")
 
     def _number(self, name: str) -> int:
         return [stage for stage, _ in self.config.stages()].index(name)
 
-    def _evaluate(self, name: str, stage: Stage, *, final: bool) -> None:
-        if self.val_index is None or (
-            stage.step == stage.config.steps and not final and stage.step % stage.config.evaluate_every
-        ):
+    def _take_statistics(self, stage: Stage, batches: TrainingBatches) -> None:
+        """Takes the statistics of batch norm anew, over the samples that would come next."""
+        logger.info("taking the statistics of batch norm anew over %d pictures", stage.config.precise_bn)
+        self.precise = precise_statistics(stage, batches)
+        if not self.precise:
+            kind = stage.config.norm.kind
+            logger.warning("precise_bn changes nothing: no batch norm takes statistics with norm.kind %s", kind)
+
+    def _result(self, stage: Stage) -> dict[str, Tensor]:
+        """What the module has to take over to be evaluated, and to start the next stage: averages, statistics."""
+        return ({} if stage.ema is None else stage.ema.average) | self.precise
+
+    def _evaluate(self, name: str, stage: Stage, batches: TrainingBatches, *, final: bool) -> None:
+        at_end = stage.step == stage.config.steps
+        if at_end and stage.config.precise_bn:
+            self._take_statistics(stage, batches)
+        if self.val_index is None or (at_end and not final and stage.step % stage.config.evaluate_every):
             return
+        self.saver.settle()  # loaders must not be forked beside a thread at work
         ready = TrainedDetector(
             detector=stage.module,
             label_space=self.space,
@@ -262,22 +306,29 @@ class Session:
         done, total, index = [0], len(self.val_index), self.val_index
 
         def progress(count: int) -> None:
-            done[0] += count
-            self.observer.evaluating(done[0], total)
+            done[0] += count * distributed.world_size()
+            self.observer.evaluating(min(done[0], total), total)
 
-        with stage.ema.swapped_in(stage.module) if stage.ema is not None else nullcontext():
+        with swapped(stage.module, self._result(stage)):
             scores, found = ready.evaluate(index, workers=self.config.data.workers, progress=progress)
+        distributed.from_main(lambda: self._keep_scores(name, stage, scores, found, final=final))
+        self.saver.scored(scores["AP"], self.base + stage.step)
+
+    def _keep_scores(
+        self, name: str, stage: Stage, scores: dict[str, Any], found: DetectionTable, *, final: bool
+    ) -> None:
+        """Writes what an evaluation came to."""
+        assert self.val_index is not None
         step = self.base + stage.step
         target = self.folder.detections / f"{step:08d}" / "detections.parquet"
         row = {"step": step, "stage": name, "seconds": stage.seconds, **scores}
         with self._full_disk_is_survived(step, unless=final and stage.step == stage.config.steps):
-            write_detections(found, target, index.label_space.ids)
+            write_detections(found, target, self.val_index.label_space.ids)
             self.folder.append(row)
+        logger.info("step %d: %s", step, describe(row))
         self.observer.row(row)
         if self.tensorboard is not None:
             self.tensorboard.add_row(step, row, group="val")
-        if self.best is None or scores["AP"] > self.best[0]:
-            self.best = (scores["AP"], step)
 
     @contextmanager
     def _full_disk_is_survived(self, step: int, *, unless: bool = False) -> Iterator[None]:
@@ -290,37 +341,15 @@ class Session:
             logger.error("step %d: %s", step, error)
 
     def _save(self, name: str, stage: Stage) -> None:
-        state = CheckpointState(
+        last = name == self.config.stages()[-1][0] and stage.step == stage.config.steps
+        self.saver.save(
+            stage,
+            name=name,
             step=self.base + stage.step,
-            stage=name,
-            stage_step=stage.step,
-            sample=stage.sample,
-            seconds=stage.seconds,
-            world_size=distributed.world_size(),
-            threads=torch.get_num_threads(),
-            config_hash=configs.digest(self.config),
-            ema_updates=0 if stage.ema is None else stage.ema.updates,
-            best_score=None if self.best is None else self.best[0],
-            best_step=None if self.best is None else self.best[1],
+            meter=self.meter.kept(),
+            precise=self.precise,
+            required=stage.stopped or last,
         )
-        try:
-            self.folder.flush()
-            checkpoints.save_checkpoint(
-                self.folder.checkpoints,
-                state,
-                stage.module,
-                stage.optimizer,
-                stage.ema,
-                keep=stage.config.keep_checkpoints,
-            )
-        except (RunError, InputError) as error:
-            last = name == self.config.stages()[-1][0] and stage.step == stage.config.steps
-            if stage.stopped or last:
-                raise
-            logger.error("no checkpoint at step %d: %s", state.step, error)
-            self.best = self.saved_best  # what cannot be loaded is not the best
-        else:
-            self.saved_best = self.best
 
 
 def _start_from(detector: nn.Module, init: Path) -> None:

@@ -1,11 +1,12 @@
 """Checkpoints: folders ``checkpoints/00000012/`` that are whole or not there at all.
 
-    model.safetensors  ema.safetensors  optimizer.pt  state.json
+    model.safetensors  ema.safetensors  precise_bn.safetensors  optimizer.pt  state.json
 
-``state.json`` holds the format version, the step, the stage and its progress, the world size and threads, the hash of
-the configuration, and the size and sha256 of each other file. ``latest.json`` and ``best.json`` are hints; the scan of
-checksums decides what is whole. One process writes at a time: the run's lock sees to it. Nothing is unpickled:
-``optimizer.pt`` is read with ``weights_only=True``.
+The averages are there where a run keeps them, precise statistics of batch norm at the end of a stage that takes them;
+the model's own file is what training had. ``state.json`` holds the format version, the step, the stage and its
+progress, the world size and threads, the hash of the configuration, and the size and sha256 of each other file.
+``latest.json`` and ``best.json`` are hints; the scan of checksums decides what is whole. One process writes at a time:
+the run's lock sees to it. Nothing is unpickled: ``optimizer.pt`` is read with ``weights_only=True``.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from gesso.training.optimizer import load_optimizer_state
 log = get_logger(__name__)
 
 FORMAT_VERSION = 1
+MODEL, AVERAGES, PRECISE, OPTIMIZER = "model.safetensors", "ema.safetensors", "precise_bn.safetensors", "optimizer.pt"
 _LEFTOVER = re.compile(r"\.\d{8}\.\d+\.tmp")
 
 
@@ -47,6 +49,7 @@ class CheckpointState:
         config_hash: ``config.digest`` of the run's configuration.
         ema_updates: how often the averages were updated.
         best_score: the best validation AP so far, and best_step, its step; None before the first evaluation.
+        meter: what was gathered for the next row, ``timing.RowMeter.kept``.
     """
 
     step: int
@@ -60,6 +63,7 @@ class CheckpointState:
     ema_updates: int = 0
     best_score: float | None = None
     best_step: int | None = None
+    meter: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,16 +76,16 @@ class Checkpoint:
     def load_model(self, module: nn.Module) -> None:
         """Puts the weights and buffers into ``module``, on its device. RunError where they are another module's."""
         with self._fitting("weights"):
-            module.load_state_dict(load_file(self.path / "model.safetensors"))
+            module.load_state_dict(load_file(self.path / MODEL))
 
     def load_ema(self, ema: EMA) -> None:
         """Restores the averages. RunError where they are another module's, or the run kept none."""
         with self._fitting("averages"):
-            ema.load(load_file(self.path / "ema.safetensors"), self.state.ema_updates)
+            ema.load(load_file(self.path / AVERAGES), self.state.ema_updates)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Restores momentum and moments. RunError where they are another optimizer's."""
-        saved = torch.load(self.path / "optimizer.pt", map_location="cpu", weights_only=True)
+        saved = torch.load(self.path / OPTIMIZER, map_location="cpu", weights_only=True)
         with self._fitting("optimizer state"):
             load_optimizer_state(optimizer, saved)
 
@@ -95,10 +99,38 @@ class Checkpoint:
                 f"its {what} do not fit: {reason}", where=self.path, remedy="Use the run's own recipe and classes."
             ) from error
 
+    def precise_statistics(self) -> dict[str, Tensor]:
+        """Means and variances by name that the end of a stage took anew; {} where it did not. On the CPU."""
+        return self._tensors(PRECISE)
+
     def weights(self) -> dict[str, Tensor]:
-        """The weights to predict with: the averages where the run kept them, else the model's own; on the CPU."""
-        averaged = self.path / "ema.safetensors"
-        return dict(load_file(averaged if averaged.exists() else self.path / "model.safetensors"))
+        """The weights to predict with, on the CPU: the averages where the run kept them, else the model's own.
+
+        Precise statistics of batch norm stand in the place of the running ones, where there are any.
+        """
+        return (self._tensors(AVERAGES) or self._tensors(MODEL)) | self.precise_statistics()
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        return dict(load_file(self.path / name)) if (self.path / name).exists() else {}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy on the host of what a checkpoint holds, so that training can go on while it is written.
+
+    Attributes:
+        state: where the run stood.
+        tensors: by file and name.
+        optimizer: its ``state_dict``.
+        size: about how many bytes it takes on the disk.
+        copied: on a GPU, when all copies will be there; None where they are.
+    """
+
+    state: CheckpointState
+    tensors: dict[str, dict[str, Tensor]]
+    optimizer: dict[str, Any]
+    size: int
+    copied: torch.cuda.Event | None
 
 
 def save_checkpoint(
@@ -109,26 +141,83 @@ def save_checkpoint(
     ema: EMA | None,
     *,
     keep: int,
+    precise: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint:
+    """Writes a checkpoint at once: ``take_snapshot`` and ``write_snapshot``."""
+    return write_snapshot(folder, take_snapshot(folder, state, module, optimizer, ema, precise), keep=keep)
+
+
+def take_snapshot(
+    folder: Path,
+    state: CheckpointState,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA | None,
+    precise: Mapping[str, Tensor] | None = None,
+) -> Snapshot:
+    """Copies what a checkpoint holds; on a GPU nothing waits for the device.
+
+    Args:
+        folder: where it will be written.
+        state: where the run stands.
+        module: its weights and buffers.
+        optimizer: its momentum and moments.
+        ema: the averages, where the run keeps them.
+        precise: statistics of batch norm, where the stage took them anew.
+
+    Raises:
+        RunError: the disk has too little space.
+    """
+    _remove_leftovers(folder)
+    tensors = {MODEL: module.state_dict()}
+    if ema is not None:
+        tensors[AVERAGES] = ema.average
+    if precise:
+        tensors[PRECISE] = dict(precise)
+    moments: dict[int, dict[str, Any]] = (saved := optimizer.state_dict())["state"]
+    size = 2**20 + sum(_bytes(state) for state in (*tensors.values(), *moments.values()))
+    _check_space(folder, size)
+    copies = {file: _copied(state) for file, state in tensors.items()}
+    moments = {number: _copied(state) for number, state in moments.items()}
+    copied = None
+    if any(tensor.is_cuda for tensor in tensors[MODEL].values()):
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+    return Snapshot(state, copies, saved | {"state": moments}, size, copied)
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors copied to the host in their own layout; from a GPU into pinned memory, without waiting."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", non_blocking=True) if tensor.is_cuda else tensor.detach().clone()
+
+    return {name: copy(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
+def _bytes(state: Mapping[str, Any]) -> int:
+    return sum(int(value.nbytes) for value in state.values() if isinstance(value, Tensor))
+
+
+def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int) -> Checkpoint:
     """Writes a checkpoint and then removes the oldest whole ones beyond ``keep``, never the best.
 
     Raises:
         RunError: it cannot be written, for example because the disk is full; the checkpoints before stay as they are.
             The caller decides whether training goes on.
     """
+    state = snapshot.state
     target = folder / f"{state.step:08d}"
-    _remove_leftovers(folder)
-    needed = _check_space(folder, module, optimizer, ema)
     try:
         with files.atomic_folder(target, overwrite=True) as temporary:
-            _write(temporary, state, module, optimizer, ema)
+            _write(temporary, snapshot)
         files.write_json(folder / "latest.json", {"step": state.step})
         if state.best_step is not None:
             files.write_json(folder / "best.json", {"step": state.best_step, "AP": state.best_score})
     except (InputError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         reason = error.what if isinstance(error, InputError) else " ".join(str(error).split())[:200]
         raise RunError(
-            f"a checkpoint of {needed / 2**20:.0f} MiB cannot be written: {reason}",
+            f"a checkpoint of {snapshot.size / 2**20:.0f} MiB cannot be written: {reason}",
             where=target,
             remedy="Free some space, or check the folder's rights.",
         ) from error
@@ -136,17 +225,16 @@ def save_checkpoint(
     return Checkpoint(target, state)
 
 
-def _write(
-    folder: Path, state: CheckpointState, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None
-) -> None:
-    save_file(_plain(module.state_dict()), folder / "model.safetensors")
-    if ema is not None:
-        save_file(_plain(ema.average), folder / "ema.safetensors")
-    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+def _write(folder: Path, snapshot: Snapshot) -> None:
+    if snapshot.copied is not None:
+        snapshot.copied.synchronize()
+    for name, tensors in snapshot.tensors.items():
+        save_file(_plain(tensors), folder / name)
+    torch.save(snapshot.optimizer, folder / OPTIMIZER)
     written = sorted(folder.iterdir())
     head = {
         "format_version": FORMAT_VERSION,
-        **asdict(state),
+        **asdict(snapshot.state),
         "bytes": {file.name: file.stat().st_size for file in written},
         "sha256": {file.name: _sha256(file) for file in written},
     }
@@ -194,7 +282,7 @@ def _read_head(path: Path) -> dict[str, Any]:
     version = head.pop("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(f"format version {version}, not {FORMAT_VERSION}")
-    missing = {"model.safetensors", "optimizer.pt"} - head["sha256"].keys()
+    missing = {MODEL, OPTIMIZER} - head["sha256"].keys()
     if missing:
         raise ValueError(f"{', '.join(sorted(missing))} is missing")
     short = [name for name, size in head["bytes"].items() if (path / name).stat().st_size != size]
@@ -220,7 +308,10 @@ def _remove_old(folder: Path, step: int, *, keep: int, best: int | None) -> None
     older = sorted((path for path in _candidates(folder) if int(path.name) < step and _looks_whole(path)), reverse=True)
     for path in older[max(keep, 1) - 1 :]:
         if int(path.name) != best:
-            shutil.rmtree(path)
+            try:
+                shutil.rmtree(path)
+            except OSError as error:  # costs room, but no checkpoint
+                log.warning("%s: an old checkpoint cannot be removed: %s", path, error)
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -230,12 +321,8 @@ def _remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _check_space(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> int:
-    """The bytes that a checkpoint takes. RunError where the disk has less."""
-    tensors = list(module.state_dict().values())
-    tensors += [] if ema is None else list(ema.average.values())
-    tensors += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    needed = 2**20 + sum(int(tensor.nbytes) for tensor in tensors)
+def _check_space(folder: Path, needed: int) -> None:
+    """RunError where the disk has less than the bytes needed."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
@@ -244,12 +331,11 @@ def _check_space(folder: Path, module: nn.Module, optimizer: torch.optim.Optimiz
             where=folder,
             remedy="Free some space.",
         )
-    return needed
 
 
 def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, in the standard layout (channels_last is a matter of the device), nothing shared."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    """In the standard layout; channels_last is a matter of the device."""
+    return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
 def _sha256(file: Path) -> str:

@@ -1,7 +1,7 @@
 """The exponential moving average of a module's weights and buffers, updated on the device."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -44,18 +44,24 @@ class EMA:
             torch._foreach_mul_(steps, weight.to(dtype))
             torch._foreach_add_(averages, steps)
 
-    @contextlib.contextmanager
-    def swapped_in(self, module: nn.Module) -> Iterator[None]:
+    def swapped_in(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Within the block the module has the averages; afterwards its own values, exactly."""
-        own = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-        module.load_state_dict(self.average)
-        try:
-            yield
-        finally:
-            module.load_state_dict(own)
+        return swapped(module, self.average)
 
     def load(self, average: dict[str, Tensor], updates: int) -> None:
         """Restores what a checkpoint holds. KeyError or RuntimeError where it is that of another module."""
         self.updates = updates
         for name, tensor in self.average.items():
             tensor.copy_(average[name])
+
+
+@contextlib.contextmanager
+def swapped(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block the module has other ``values`` of some parameters and buffers; afterwards its own, exactly."""
+    state = module.state_dict()
+    own = {name: state[name].detach().clone() for name in values}
+    module.load_state_dict(values, strict=False)
+    try:
+        yield
+    finally:
+        module.load_state_dict(own, strict=False)

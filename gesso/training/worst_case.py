@@ -19,12 +19,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gesso import distributed
 from gesso.data.transforms import InputConfig, KeepRatio, Shape
-from gesso.distributed import world_size
 from gesso.errors import ConfigError, GessoError
 from gesso.log import get_logger
 from gesso.structures import ImageBatch, Targets, map_tensors, to_device
-from gesso.training.loop import Stage, peak_memory, train_step
+from gesso.training.stage import Stage, peak_memory
+from gesso.training.step import train_step
 
 log = get_logger(__name__)
 
@@ -81,7 +82,11 @@ def rehearse(stage: Stage, example: Pair, shape: Shape, *, name: str, begun: boo
     if stage.compiles:
         log.info("compiling the largest step, %s", _words(share, shape, objects))
     done = _attempt(stage, example, shape, share)
-    if done is None:
+    if distributed.all_agree(done is not None):
+        assert done is not None
+        if distributed.world_size() > 1:  # the buckets of gradients take their final order in the first step
+            _step(stage, example, shape, share)
+    else:
         log.info("%s do not fit in memory; looking for what does", _words(share, shape, objects))
         most = _most_pictures(stage, example, shape, share)
         raise _refusal(stage, share, most, shape, objects, name, begun)
@@ -142,20 +147,32 @@ def _spread(count: int, shape: Shape) -> Tensor:
     return torch.cat([(centre - half).clamp(min=0), torch.minimum(centre + half, torch.tensor([W, H]))], 1)
 
 
+def _step(stage: Stage, example: Pair, shape: Shape, count: int) -> None:
+    """One step of ``count`` pictures that changes nothing."""
+    with _unchanged(stage):
+        batch, targets = worst_batch(example, shape, count)
+        train_step(stage, to_device(batch, stage.device), to_device(targets, stage.device)).read()
+
+
 def _attempt(stage: Stage, example: Pair, shape: Shape, count: int) -> Rehearsal | None:
-    """One step of ``count`` pictures that changes nothing; None where memory runs out, and it is free again."""
+    """One step of this process alone, which changes nothing; None where memory runs out, and it is free again.
+
+    Alone, because a process without memory would leave the others waiting within the step.
+    """
     cuda = stage.device.type == "cuda"
     older = torch.zeros((), requires_grad=True) * 1
     try:
-        with _unchanged(stage):
-            if cuda:
-                torch.cuda.reset_peak_memory_stats(stage.device)
-            began = time.perf_counter()
-            batch, targets = worst_batch(example, shape, count)
-            train_step(stage, to_device(batch, stage.device), to_device(targets, stage.device)).read()
-            seconds, memory = time.perf_counter() - began, peak_memory(stage.device)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(stage.device)
+        began = time.perf_counter()
+        with distributed.alone():
+            _step(stage, example, shape, count)
         return Rehearsal(
-            pictures=count, shape=shape, objects=targets.valid.shape[1], seconds=seconds, memory_gib=memory
+            pictures=count,
+            shape=shape,
+            objects=example[1].valid.shape[1],
+            seconds=time.perf_counter() - began,
+            memory_gib=peak_memory(stage.device),
         )
     except (RuntimeError, MemoryError) as error:
         if not _is_lack_of_memory(error):
@@ -219,15 +236,18 @@ def _most_pictures(stage: Stage, example: Pair, shape: Shape, share: int) -> int
 
     Where the stage is compiled, each batch size has to be compiled: only halves of halves are tried there.
     """
-    group = stage.config.norm.images
-    unit = group if group is not None and share % group == 0 else 1  # batch norm over groups takes whole groups
+    group, parts = stage.config.norm.images, stage.config.accumulate
+    unit = parts
+    if group is not None and share % (group * parts) == 0:
+        unit = group * parts  # batch norm over groups takes whole groups
 
     def fits(count: int) -> bool:
         try:
-            return _attempt(stage, example, shape, count * unit) is not None
+            fitting = _attempt(stage, example, shape, count * unit) is not None
         except (RuntimeError, ValueError, GessoError) as error:
             log.debug("a batch of %d cannot be trained on: %s", count * unit, error)  # batch norm of one value
-            return False
+            fitting = False
+        return distributed.all_agree(fitting)
 
     return unit * _most(fits, share // unit, exact=not stage.compiles)
 
@@ -247,7 +267,7 @@ def _most(fits: Callable[[int], bool], too_many: int, *, exact: bool) -> int:
 
 
 def _refusal(stage: Stage, share: int, most: int, shape: Shape, objects: int, name: str, begun: bool) -> ConfigError:
-    size = most * world_size()
+    size = most * distributed.world_size()
     if not most:
         keep = isinstance(stage.config.input.resize, KeepRatio)
         keys = [f"--{name}.input.resize.{key}" for key in (("short-sides", "long-side") if keep else ("side",))]
@@ -258,7 +278,10 @@ def _refusal(stage: Stage, share: int, most: int, shape: Shape, objects: int, na
     elif begun:
         remedy = f"Go on where there is more memory, or start a new run with --{name}.batch-size {size}."
     else:
-        remedy = f"Set --{name}.batch-size {size}."
+        parts = stage.config.accumulate * -(-share // most)
+        while share % parts:
+            parts += 1
+        remedy = f"Set --{name}.batch-size {size}, or --{name}.accumulate {parts}, or try --{name}.memory sqrt."
     verdict = "one does" if most == 1 else f"{most} do" if most else "no smaller batch did"
     return ConfigError(
         f"a step of {_words(share, shape, objects)}, in {stage.config.precision}, does not fit into "

@@ -9,7 +9,7 @@ import pytest
 from gesso.cli import COMMANDS
 from tests.command_line import coco, environment, process
 
-HEAVY = ("demo", "train", "evaluate", "predict", "recipes", "config")
+HEAVY = ("demo", "train", "evaluate", "predict", "recipes", "config", "plan scaling", "plan bench", "debug replay")
 LIGHT = [name for name in COMMANDS if name not in HEAVY]
 
 
@@ -19,7 +19,7 @@ def test_help(gesso, name):
     shown = gesso(*name.split(), *recipe, "--help")
     assert shown.out.startswith(f"usage: gesso {name}") and not shown.err
     assert "--json" in shown.out
-    assert "(required)" in shown.out or name in ("demo", "recipes", "train", "config")
+    assert "(required)" in shown.out or name in ("demo", "recipes", "train", "config", "plan scaling", "plan bench")
 
 
 @pytest.mark.parametrize("words", [[], ["-h"], ["--help"], ["help"]])

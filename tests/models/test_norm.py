@@ -1,11 +1,14 @@
+import contextlib
+
 import pytest
 import timm
 import torch
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
+from gesso.distributed import EVERY
 from gesso.errors import ConfigError
-from gesso.models.norm import NormPolicy, PolicyBatchNorm2d, apply_norm_policy
+from gesso.models.norm import NormPolicy, PolicyBatchNorm2d, apply_norm_policy, statistics_held
 
 
 def small(seed=0):
@@ -128,12 +131,117 @@ def test_group_norm_keeps_the_activation_of_timm(before):
 
 
 def test_what_cannot_be_asked_for():
-    with pytest.raises(ConfigError, match="4 processes"):
-        apply_norm_policy(small(), NormPolicy(kind="sync"), world_size=4)
     with pytest.raises(ConfigError, match="no effect"):
         NormPolicy(kind="fixed", images=8)
     with pytest.raises(ConfigError, match="above 0"):
         NormPolicy(images=0)
+
+
+@pytest.mark.parametrize("kind", ["train", "sync"])
+def test_groups_that_one_process_cannot_form_are_refused_with_those_it_can(kind):
+    for images in (1, 2, 3, 6):
+        assert apply_norm_policy(small(), NormPolicy(kind=kind, images=images), pictures=6) == 2
+    with pytest.raises(ConfigError) as raised:
+        apply_norm_policy(small(), NormPolicy(kind=kind, images=4), pictures=6)
+    assert str(raised.value) == "norm.images = 4 cannot be formed by a process with 6 pictures. Choose 1, 2, 3 or 6."
+    with pytest.raises(ConfigError, match=r"Choose 1\."):
+        apply_norm_policy(small(), NormPolicy(kind=kind, images=2), pictures=1)
+    assert apply_norm_policy(small(), NormPolicy(kind=kind, images=4)) == 2, "no training follows"
+
+
+def two_parts():
+    return nn.ModuleDict({"backbone": small(), "neck": small(), "norm": nn.BatchNorm2d(3), "head": nn.Conv2d(3, 3, 1)})
+
+
+def kinds(module):
+    return [m.policy.kind if isinstance(m, PolicyBatchNorm2d) else type(m).__name__ for m in norms(module)]
+
+
+def norms(module):
+    return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
+
+
+def test_parts_follow_policies_of_their_own():
+    module = two_parts()
+    assert apply_norm_policy(module, NormPolicy(kind="fixed", parts=("backbone",))) == 2
+    assert kinds(module) == ["fixed", "fixed", "BatchNorm2d", "BatchNorm2d", "BatchNorm2d"]
+    assert apply_norm_policy(module, NormPolicy(kind="train", parts=("neck", "norm"))) == 3
+    assert kinds(module) == ["fixed", "fixed", "train", "train", "train"]
+    assert apply_norm_policy(module, NormPolicy(kind="group_norm", parts=("norm",))) == 1
+    assert kinds(module) == ["fixed", "fixed", "train", "train", "GroupNormAct"]
+    assert apply_norm_policy(module, NormPolicy(kind="fixed", parts=("norm",))) == 0, "group norm took its place"
+    assert apply_norm_policy(module, NormPolicy(kind="affine")) == 4
+    assert kinds(module) == ["affine"] * 4 + ["GroupNormAct"]
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("backbon", r"norm\.parts: 'backbon' does not exist\. Did you mean 'backbone'\?"),
+        ("head", r"norm\.parts: 'head' holds no batch norm\. Known: 'backbone', 'neck', 'norm'\."),
+    ],
+)
+def test_parts_without_batch_norm_are_refused(part, message):
+    with pytest.raises(ConfigError, match=message):
+        apply_norm_policy(two_parts(), NormPolicy(kind="fixed", parts=("neck", part)))
+
+
+def synced(module):
+    """The operators for several processes, in a group of one."""
+    for place in (1, 4):
+        module[place] = PolicyBatchNorm2d(module[place], NormPolicy(kind="sync"), EVERY)
+
+
+WAYS = {
+    "whole batch": lambda module: apply_norm_policy(module, NormPolicy()),
+    "groups": lambda module: apply_norm_policy(module, NormPolicy(images=2)),
+    "operators": synced,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_held_statistics_do_not_move(way):
+    module = small()
+    WAYS[way](module)
+    x = torch.randn(4, 3, 9, 9)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with statistics_held():
+        held = module(x)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert torch.equal(module(x), held)
+    assert all(not torch.equal(value, before[name]) for name, value in statistics(module).items())
+    assert module[1].num_batches_tracked == module[4].num_batches_tracked == 1
+
+
+def test_a_group_of_one_process_is_plain_batch_norm():
+    plain, ours = small(), small()
+    synced(ours)
+    x = torch.randn(4, 3, 9, 9)
+    plain(x).square().sum().backward()
+    ours(x).square().sum().backward()
+    for a, b in zip(plain.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+    for a, b in zip(plain.state_dict().values(), ours.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled_graphs_are_whole_and_do_the_same(way):
+    torch._dynamo.reset()
+    eager, module = small(), small()
+    WAYS[way](eager)
+    WAYS[way](module)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 3, 9, 9)
+    for hold in (False, True, False):
+        for one, forward in ((eager, eager), (module, compiled)):
+            one.zero_grad()
+            with statistics_held() if hold else contextlib.nullcontext():
+                forward(x).square().sum().backward()
+        for a, b in zip(eager.parameters(), module.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+        for a, b in zip(eager.state_dict().values(), module.state_dict().values(), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_a_layer_repeats_its_source_in_float64_and_bfloat16():

@@ -5,7 +5,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from gesso.reports.progress import JobProgress, Stage, describe, format_seconds
+from gesso.reports.progress import ROWS, JobProgress, Stage, describe, format_seconds, row_line
 
 
 class Clock:
@@ -95,23 +95,91 @@ def test_in_a_terminal_a_line_is_drawn_and_log_lines_pass_above(monkeypatch):
     assert sys.stderr is stream
 
 
+def test_rows_stand_for_the_plain_lines(caplog):
+    """Rows every 10 s: no plain line beside them. Every 40 s: plain ones in between."""
+    for every, plain in ((10, [1, 55]), (40, [1, 16, 31, 55])):
+        clock = Clock()
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="gesso"), job(clock, plain_every=15.0) as progress:
+            progress.begin("training")
+            for step in range(1, 56):
+                clock.now = float(step)
+                if step % every == 0 and step <= 40:
+                    logging.getLogger(ROWS).info("a row")
+                progress.update(done=step, total=100)
+        lines = [record.getMessage() for record in caplog.records if "/100" in record.getMessage()]
+        assert [int(line.split()[1].split("/")[0]) for line in lines] == plain
+        assert not logging.getLogger(ROWS).filters
+
+
+def test_where_a_line_is_drawn_rows_are_not_said_twice(monkeypatch, tmp_path):
+    """They go to the file of the log alone; other lines go to both."""
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    logger, handler = logging.getLogger("gesso"), logging.StreamHandler(stream)
+    file = logging.FileHandler(tmp_path / "log.txt")
+    logger.setLevel(logging.INFO)
+    for each in (handler, file):
+        logger.addHandler(each)
+    try:
+        with job(Clock(), console=Console(stderr=True, force_terminal=True, width=140, color_system=None)) as progress:
+            progress.begin("training")
+            logging.getLogger(ROWS).info("a row within")
+            logger.info("another line")
+        logging.getLogger(ROWS).info("a row after")
+    finally:
+        for each in (handler, file):
+            logger.removeHandler(each)
+        file.close()
+    assert "a row within" not in stream.getvalue()
+    assert "another line" in stream.getvalue() and "a row after" in stream.getvalue()
+    written = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line for line in written if "training" not in line] == ["a row within", "another line", "a row after"]
+
+
+ROW = {
+    "step": 112,
+    "stage": "training",
+    "loss": 1.5,
+    "rpn_box_loss": 0.25,
+    "class_loss": 1.25,
+    "rpn_positive_ratio": 0.0123,
+    "class_positive_ratio": 0.25,
+    "gradient_norm": 12.345,
+    "learning_rate": 0.0125,
+    "images_per_second": 53.21,
+    "images_per_second_per_gpu": 26.605,
+    "data_share": 0.05,
+    "forward_share": 0.3,
+    "backward_share": 0.5,
+    "communication_share": 0.0,
+    "optimizer_share": 0.1,
+    "step_seconds": 0.2,
+    "eta_seconds": 245.0,
+    "seconds": 20.0,
+    "images": 896,
+    "memory_gib": 1.0,
+}
+
+
 def test_describe():
-    row = {
-        "step": 12,
-        "loss": 1.5,
-        "rpn_box_loss": 0.25,
-        "class_loss": 1.25,
-        "learning_rate": 0.01,
-        "images_per_second": 53.21,
-        "data_share": 0.05,
-        "step_seconds": 0.2,
-        "memory_gib": 1.0,
-    }
+    row = ROW
     assert describe(row) == "loss 1.500 (rpn_box 0.250 class 1.250), 53.2 img/s, data wait 5%, 1.00 GiB"
     assert describe({}) == ""
     scores = {"step": 12, "stage": "training", "seconds": 3.5, "AP": 0.25, "AP50": 0.5, "by_class": {}}
     assert describe(scores) == "AP 0.250"
     assert describe(scores | {"mask_AP": 0.125, "mask_AP50": 0.25}) == "AP 0.250, mask AP 0.125"
+
+
+def test_row_line():
+    assert row_line(ROW, 12, 600) == (
+        "training 12/600: loss 1.500 (rpn_box 0.250 class 1.250), gradient 12.3, rate 0.0125, 53.2 img/s (26.6 each), "
+        "data 5% forward 30% backward 50% communication 0% optimizer 10%, "
+        "positive/negative rpn 0.0123 class 0.25, 1.00 GiB, 4:05 min left"
+    )
+    alone = ROW | {"images_per_second_per_gpu": 53.21}
+    assert ", 53.2 img/s, data 5%" in row_line(alone, 12, 600)
+    assert row_line({"loss": 2.0}, 1, 2) == "training 1/2: loss 2.000"
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,12 @@ def test_rows_come_back(tmp_path):
 
     with TensorBoardWriter(tmp_path) as writer:
         writer.add_row(1, {"step": 1, "loss": 2.5, "note": "text", "flag": True}, group="train")
-        writer.add_row(2, {"step": 2, "loss": 2.0}, group="train")
+        writer.add_row(2, {"step": 2, "loss": 2.0, "backward_share": 0.5, "eta_seconds": 9.0}, group="train")
         writer.add_row(2, {"AP": 0.25, "by_class": {"cat": 0.5}, "APl": None})
     assert read(tmp_path) == {
         "train/loss": [(1, 2.5), (2, 2.0)],
+        "train/backward_share": [(2, 0.5)],
+        "train/eta_seconds": [(2, 9.0)],
         "AP": [(2, 0.25)],
         "by_class/cat": [(2, 0.5)],
     }

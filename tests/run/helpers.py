@@ -14,11 +14,13 @@ from gesso.data.transforms import Direct, InputConfig
 from gesso.recipes.debug import tiny
 from gesso.run.config import RunConfig
 from gesso.run.session import Observer
-from gesso.training.loop import TrainingConfig
 from gesso.training.optimizer import AdamW
+from gesso.training.stage import TrainingConfig
+from gesso.training.timing import PHASES
 
 BACKBONE = "test_resnet"
-TIMES = ("seconds", "images_per_second", "data_share", "step_seconds", "memory_gib")
+TIMES = ("seconds", "images_per_second", "images_per_second_per_gpu", "step_seconds", "eta_seconds", "memory_gib")
+SHARES = tuple(f"{phase}_share" for phase in PHASES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,7 @@ class StopAfter(Observer):
 def rows(run: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without times; every line must be whole."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMES + SHARES} for line in lines]
 
 
 def newest(run: Path) -> Path:

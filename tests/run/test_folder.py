@@ -70,6 +70,12 @@ def test_two_processes_cannot_hold_one_run(tmp_path):
         pass
 
 
+def test_what_a_process_left_that_died_in_making_the_folder_is_nothing(tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / ".config.json.4711.tmp").write_text('{"conf')
+    assert make(tmp_path / "r").read_config() == {"config": {"seed": 1}}
+
+
 def test_later_detections_are_kept_aside_under_a_free_name(tmp_path):
     folder = make(tmp_path / "r")
     for _ in range(3):

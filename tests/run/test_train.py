@@ -40,6 +40,15 @@ def test_a_run_leaves_what_it_promises(straight):
     ]
 
 
+def test_the_log_has_a_line_a_step_with_all_that_a_row_says(straight):
+    lines = (straight / "log.txt").read_text().splitlines()
+    for step in (1, 2, 3, 4):
+        (line,) = [line for line in lines if f" I training {step}/4: loss " in line]
+        words = ("rpn_objectness", "rate", "img/s", "data", "forward", "backward", "communication", "optimizer", "GiB")
+        assert all(word in line for word in (*words, "positive/negative rpn_objectness", " left"))
+    assert any(" I step 4: AP " in line for line in lines)
+
+
 def test_same_seed_same_run_and_workers_change_nothing(data, straight, tmp_path):
     train(tiny_run(data, workers=2, **SHORT), tmp_path / "again")
     assert differences(straight, tmp_path / "again") == []

@@ -9,7 +9,7 @@ from gesso.data.loading import training_batches
 from gesso.errors import ConfigError, Interrupted
 from gesso.models.mask_head import MaskHeadConfig
 from gesso.run.train import train
-from gesso.training.loop import train_step
+from gesso.training.step import train_step
 from gesso.training.worst_case import rehearse
 from tests.run.helpers import StopAfter, differences, rows, tiny_run, two_stages
 

@@ -11,9 +11,11 @@ from gesso.random_key import fold
 from gesso.structures import ImageBatch, Targets
 from gesso.training.checkpoint import Checkpoint, CheckpointState, save_checkpoint
 from gesso.training.ema import EMA
-from gesso.training.loop import Callbacks, Row, Stage, TrainingConfig
+from gesso.training.loop import Callbacks
 from gesso.training.optimizer import SGD, build_optimizer
 from gesso.training.schedule import ScheduleConfig
+from gesso.training.stage import Stage, TrainingConfig
+from gesso.training.step import Row
 
 CPU = torch.device("cpu")
 
@@ -90,8 +92,8 @@ def new_stage(config: TrainingConfig, *, init: int = 0, poison: int | None = Non
     return Stage(config=config, module=module, optimizer=optimizer, ema=ema, device=CPU, seed=11)
 
 
-def save(stage: Stage, folder: Path, *, keep: int = 3, best: int | None = None) -> Checkpoint:
-    state = CheckpointState(
+def state_of(stage: Stage, *, best: int | None = None) -> CheckpointState:
+    return CheckpointState(
         step=stage.step,
         stage="training",
         stage_step=stage.step,
@@ -104,7 +106,10 @@ def save(stage: Stage, folder: Path, *, keep: int = 3, best: int | None = None) 
         best_score=None if best is None else 0.5,
         best_step=best,
     )
-    return save_checkpoint(folder, state, stage.module, stage.optimizer, stage.ema, keep=keep)
+
+
+def save(stage: Stage, folder: Path, *, keep: int = 3, best: int | None = None) -> Checkpoint:
+    return save_checkpoint(folder, state_of(stage, best=best), stage.module, stage.optimizer, stage.ema, keep=keep)
 
 
 def restore(found: Checkpoint, stage: Stage) -> None:
@@ -130,7 +135,7 @@ class Recorder:
             checkpoint=lambda stage: self.events.append(("checkpoint", stage.step)),
             evaluate=lambda stage: self.events.append(("evaluate", stage.step)),
             tick=self.ticks.append,
-            should_stop=lambda: self.stop_after is not None and self.ticks[-1] >= self.stop_after,
+            should_stop=lambda: self.stop_after is not None and len(self.ticks) >= self.stop_after,
         )
 
 

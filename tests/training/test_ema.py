@@ -1,8 +1,14 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from gesso.training.ema import EMA
+from gesso import distributed
+from gesso.models.norm import NormPolicy, apply_norm_policy
+from gesso.training.ema import EMA, swapped
+from gesso.training.loop import run_stage
+from tests.distributed.processes import run
+from tests.training.helpers import Recorder, batches, new_stage, tiny_config
 
 
 def small() -> nn.Module:
@@ -65,3 +71,29 @@ def test_averages_do_not_share_memory_with_the_module():
     with torch.no_grad():
         module[0].weight.zero_()
     assert not torch.equal(ema.average["0.weight"], module[0].weight)
+
+
+def test_other_values_are_swapped_in_and_out_exactly():
+    """Only those that are named; the others stay as they are."""
+    module = small()
+    own = {name: value.clone() for name, value in module.state_dict().items()}
+    with swapped(module, {"1.running_mean": torch.full((4,), 3.0)}):
+        assert (module[1].running_mean == 3).all() and module[1].running_mean.dtype == torch.float64
+        assert torch.equal(module[0].weight, own["0.weight"])
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in own.items())
+
+
+def _averages():
+    """Of one of several processes after some steps on its own part of each batch, with shared batch norm."""
+    stage = new_stage(tiny_config(batch_size=8, precision="float64"))
+    stage.module.unused.requires_grad_(False)
+    apply_norm_policy(stage.module, NormPolicy(kind="sync"))
+    run_stage(stage, batches(4 * distributed.rank()), Recorder().callbacks())
+    assert stage.ema is not None
+    return stage.ema.updates, {name: value.numpy() for name, value in stage.ema.average.items()}
+
+
+def test_averages_are_the_same_in_all_processes():
+    (updates, one), (_, two) = run(_averages, 2)
+    assert updates == 8
+    assert all(np.array_equal(one[name], two[name]) for name in one)

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import math
 import subprocess
@@ -16,10 +17,13 @@ from gesso.errors import ConfigError, TrainingError
 from gesso.random_key import fold
 from gesso.structures import map_tensors, to_device
 from gesso.training import loop
+from gesso.training import step as steps
 from gesso.training.ema import EMA
-from gesso.training.loop import TrainingConfig, run_stage
+from gesso.training.loop import Callbacks, run_stage
 from gesso.training.optimizer import SGD, AdamW, build_optimizer
 from gesso.training.schedule import rate_factor
+from gesso.training.stage import Stage, TrainingConfig
+from gesso.training.timing import RowMeter
 from tests.training.helpers import (
     CPU,
     Recorder,
@@ -57,7 +61,7 @@ def test_one_stage_equals_a_plain_loop():
         optimizer.zero_grad()
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.param_groups[0]["lr"] = 0.1 * rate_factor(config.schedule, step, 8)
+        optimizer.param_groups[0]["lr"] = 0.1 * rate_factor(config.schedule, step, 8, 4)
         optimizer.step()
         losses.append((total.item(), norm.item()))
         decay = min(0.9, (1 + step) / (10 + step))
@@ -89,25 +93,77 @@ def test_rows_and_calls():
     ]
     row = dict(recorder.rows)[9]
     assert set(row) == {
-        *("loss", "box", "label", "gradient_norm", "learning_rate", "images_per_second", "data_share"),
-        *("step_seconds", "seconds", "images", "memory_gib"),
+        *("loss", "box", "label", "gradient_norm", "learning_rate", "images", "memory_gib", "seconds"),
+        *("images_per_second", "images_per_second_per_gpu", "step_seconds", "eta_seconds"),
+        *("data_share", "forward_share", "backward_share", "communication_share", "optimizer_share"),
     }
     assert row["images"] == 36
-    assert row["learning_rate"] == pytest.approx(0.1 * rate_factor(config.schedule, 8, 14))
-    assert 0 < row["data_share"] < 1 and 0 < row["memory_gib"] < 1000
+    assert row["learning_rate"] == pytest.approx(0.1 * rate_factor(config.schedule, 8, 14, 4))
+    shares = [value for key, value in row.items() if key.endswith("_share")]
+    assert 0 < row["memory_gib"] < 1000 and row["communication_share"] < 0.1  # alone, it waits for nobody
+    assert 0.3 < sum(shares) <= 1 and all(share > 0 for share in shares)
     assert json.loads(json.dumps(row)) == row
     assert (stage.step, stage.sample) == (14, 56)
 
 
 def test_speed_is_a_mean_over_the_steps_since_the_last_row(monkeypatch):
-    """With a clock that moves one second at each look, a step takes two and its data one."""
+    """With a clock that moves one second at each look: the step's own two, and eight marks of its phases."""
     clock = count()
     monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(clock)))
     stage, recorder = new_stage(tiny_config(steps=9)), Recorder()
     run_stage(stage, batches(0), recorder.callbacks())
     for step, row in recorder.rows:
-        assert (row["step_seconds"], row["data_share"], row["images_per_second"]) == (2.0, 0.5, 2.0)
-        assert row["seconds"] == 2.0 * step
+        assert (row["step_seconds"], row["images_per_second"], row["eta_seconds"]) == (9.0, 4 / 9, 9.0 * (9 - step))
+        shares = {name: row[f"{name}_share"] * 9 for name in ("data", "forward", "backward", "communication")}
+        assert shares == pytest.approx({"data": 1, "forward": 1, "backward": 1, "communication": 1})
+        assert row["optimizer_share"] * 9 == pytest.approx(3)
+        assert row["seconds"] == 9.0 * step
+
+
+def test_ratios_are_means_over_the_steps_since_the_last_row(monkeypatch, tmp_path):
+    """Also where the run was interrupted between two rows."""
+    config = tiny_config(steps=9, log_every=4)
+    given = lambda step: {"rpn_positive_ratio": 1 / (step + 3)}  # noqa: E731
+
+    def run(stage, callbacks):
+        train, first = steps.train_step, stage.step
+
+        def with_ratios(stage, *rest, **options):
+            numbers = train(stage, *rest, **options)
+            return Ratios(numbers, given(stage.step + 1))
+
+        monkeypatch.setattr(loop, "train_step", with_ratios)
+        run_stage(stage, batches(4 * first), callbacks)
+        monkeypatch.undo()
+
+    whole = Recorder()
+    run(new_stage(config), whole.callbacks())
+    for (before, _), (step, row) in itertools.pairwise([(0, {}), *whole.rows]):
+        expected = [given(k)["rpn_positive_ratio"] for k in range(before + 1, step + 1)]
+        assert row["rpn_positive_ratio"] == pytest.approx(sum(expected) / len(expected), rel=1e-12)
+    assert [step for step, _ in whole.rows] == [1, 2, 4, 5, 8, 9]
+
+    stage, first, second = new_stage(config), Recorder(stop_after=7), Recorder()
+    callbacks = first.callbacks()
+    run(stage, callbacks)
+    kept = json.loads(json.dumps(callbacks.meter.kept()))
+    assert kept["steps"] == 2
+    stage.stopped = False
+    run(stage, dataclasses.replace(second.callbacks(), meter=RowMeter.resumed(kept)))
+    interrupted = {step: row["rpn_positive_ratio"] for step, row in first.rows + second.rows}
+    assert interrupted == {step: row["rpn_positive_ratio"] for step, row in whole.rows}
+
+
+@dataclasses.dataclass
+class Ratios:
+    """The numbers of a step with others beside them."""
+
+    numbers: steps.Numbers
+    more: dict
+
+    def read(self):
+        found, finite = self.numbers.read()
+        return found | self.more, finite
 
 
 def test_a_stop_request_finishes_the_step_and_saves():
@@ -194,7 +250,7 @@ def test_a_step_never_waits_for_the_device(optimizer):
     pairs = [next(stream) for _ in range(3)]
     with Watch() as watch:
         for batch, targets in pairs:
-            loop.train_step(stage, to_device(batch, CPU), to_device(targets, CPU))
+            steps.train_step(stage, to_device(batch, CPU), to_device(targets, CPU))
     assert set(watch.seen) == {"harmless"} and watch.seen["harmless"] > 100
     with Watch() as watch:
         bool(torch.ones(2).sum() > 0)
@@ -240,7 +296,7 @@ RESUME = """
 import sys, torch
 from pathlib import Path
 from gesso.training.checkpoint import newest_checkpoint
-from gesso.training.loop import run_stage
+from gesso.training.loop import Callbacks, run_stage
 from tests.training.helpers import Recorder, batches, new_stage, restore, save, tiny_config
 torch.set_num_threads(int(sys.argv[2]))
 stage = new_stage(tiny_config(), init=99)
@@ -269,7 +325,7 @@ def test_dropout_depends_on_seed_and_step_alone():
     run_stage(plain, batches(0), Recorder().callbacks())
     recorder = Recorder()
     callbacks = recorder.callbacks()
-    noisy = loop.Callbacks(
+    noisy = Callbacks(
         row=callbacks.row,
         checkpoint=callbacks.checkpoint,
         evaluate=callbacks.evaluate,
@@ -329,7 +385,7 @@ def test_no_step_synchronises_a_gpu(optimizer):
     cpu, gpu = new_stage(config), new_stage(config)
     gpu.device = torch.device("cuda")
     gpu.module.cuda()
-    gpu = loop.Stage(
+    gpu = Stage(
         config=config,
         module=gpu.module,
         optimizer=build_optimizer(gpu.module, optimizer),

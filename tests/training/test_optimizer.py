@@ -1,6 +1,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from gesso.errors import ConfigError
 from gesso.training.optimizer import SGD, AdamW, build_optimizer, load_optimizer_state, set_rate
+from gesso.training.schedule import ScheduleConfig, rate_factor
 from tests.training.helpers import Tiny
 
 PLAIN = {"weight_decay": 1e-2, "norm_decay": 1e-2, "bias_decay": 1e-2}
@@ -41,6 +43,53 @@ def test_momentum_under_a_changing_rate_equals_golden(golden):
         optimizer.step()
         torch.testing.assert_close(module.weight[0].tolist(), expected, rtol=0, atol=1e-12)
     assert case["expected_torch_sgd"][-1] != pytest.approx(case["expected_caffe_uncorrected"][-1], abs=1e-6)
+
+
+WARM = ScheduleConfig(base_images=16, warmup_ratio=None, warmup_steps=5, milestones=(0.5, 0.8), factors=(0.1, 0.5))
+
+
+def trained(config: SGD | AdamW, gradients: np.ndarray, batch_size: int) -> tuple[list[np.ndarray], list[float]]:
+    """The weights after each step from 0 by ``WARM``, and the rates used."""
+    module = Weights([0.0] * gradients.shape[1])
+    optimizer = build_optimizer(module, config)
+    weights, rates = [], []
+    for step, gradient in enumerate(gradients):
+        module.weight.grad = torch.from_numpy(gradient)[None].clone()
+        set_rate(optimizer, rate_factor(WARM, step, len(gradients), batch_size))
+        optimizer.step()
+        weights.append(module.weight[0].detach().numpy().copy())
+        rates.append(config.rate * rate_factor(WARM, step, len(gradients), batch_size))
+    return weights, rates
+
+
+@pytest.mark.parametrize("batch_size", [16, 256])
+def test_momentum_along_a_schedule_is_the_corrected_form(batch_size):
+    """Goyal et al., section 3: where the rate stands inside the momentum, a changed rate needs a correction of it."""
+    gradients = np.random.default_rng(0).normal(size=(20, 6))
+    ours, rates = trained(SGD(rate=0.02, momentum=0.9, weight_decay=1e-2), gradients, batch_size)
+    assert len({round(rate, 9) for rate in rates}) >= 3
+    corrected, uncorrected = ([np.zeros(6), np.zeros(6)] for _ in range(2))
+    for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True)):
+        before = rates[max(step - 1, 0)]
+        for state, factor in ((corrected, rate / before), (uncorrected, 1.0)):
+            weights, velocity = state
+            velocity = 0.9 * factor * velocity + rate * (gradient + 1e-2 * weights)
+            state[:] = weights - velocity, velocity
+        np.testing.assert_allclose(ours[step], corrected[0], rtol=0, atol=1e-12)
+    assert np.abs(ours[-1] - uncorrected[0]).max() > 1e-3
+
+
+def test_adamw_along_a_schedule_equals_its_formula():
+    """Loshchilov and Hutter, algorithm 2: the decay is not in the moments, and follows the rate."""
+    gradients = np.random.default_rng(1).normal(size=(20, 6))
+    ours, rates = trained(AdamW(rate=0.01, betas=(0.8, 0.95), weight_decay=0.1), gradients, 256)
+    weights, first, second = np.zeros(6), np.zeros(6), np.zeros(6)
+    for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), 1):
+        first = 0.8 * first + 0.2 * gradient
+        second = 0.95 * second + 0.05 * gradient**2
+        update = (first / (1 - 0.8**step)) / (np.sqrt(second / (1 - 0.95**step)) + 1e-8)
+        weights = weights - rate * (update + 0.1 * weights)
+        np.testing.assert_allclose(ours[step - 1], weights, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("config", [SGD(rate=0.1, **PLAIN), AdamW(rate=0.1, **PLAIN)], ids=["sgd", "adamw"])

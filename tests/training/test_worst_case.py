@@ -18,8 +18,9 @@ from gesso.models.norm import NormPolicy
 from gesso.recipes.small import small_detector
 from gesso.structures import Targets
 from gesso.training import worst_case
-from gesso.training.loop import Stage, run_stage
+from gesso.training.loop import run_stage
 from gesso.training.optimizer import SGD, AdamW, build_optimizer
+from gesso.training.stage import Stage
 from gesso.training.worst_case import largest_shape, rehearse, worst_batch
 from tests.training.helpers import CPU, Recorder, Tiny, assert_same, batches, everything, new_stage, tiny_config
 
@@ -332,7 +333,8 @@ import resource, torch
 from gesso.errors import ConfigError
 from gesso.models.build import build_detector
 from gesso.recipes.small import small_detector
-from gesso.training.loop import Stage, TrainingConfig, train_step
+from gesso.training.stage import Stage, TrainingConfig
+from gesso.training.step import train_step
 from gesso.training.optimizer import AdamW, build_optimizer
 from gesso.training.worst_case import rehearse, worst_batch
 from tests.training.helpers import CPU, batches
