@@ -9,7 +9,8 @@ from every operator's outputs until their storage is freed. They are taken twice
     maps     backbone and FPN alone, the gradient of every level of ones. ``kept`` is alive at the end of the forward
              pass, the levels themselves included; ``peak`` is the most until the end of the backward pass, the largest
              segment computed again and the gradients of activations included
-    step     forward and backward of the whole detector: the most at any time
+    step     forward and backward of the whole detector: the most at any time. ``step_saved_of_maps`` is what that falls
+             by, as a share of ``kept`` with memory none
 
 Weights and their gradients are there before and do not count. ``planned`` is what the plan expects of backbone and FPN:
 the stored inputs, and these with the largest segment. Every saving is a share of the same number with memory none.
@@ -38,7 +39,7 @@ from gesso.models.build import build_detector
 from gesso.models.norm import NormPolicy, apply_norm_policy
 from gesso.structures import ImageBatch, to_device
 from gesso.training.activations import bytes_alive, measure_units
-from gesso.training.memory import Plan, apply_memory, fixed_bytes, parse_memory, plan_memory
+from gesso.training.memory import Plan, apply_memory, held_bytes, parse_memory, plan_memory
 from gesso.training.optimizer import SGD, build_optimizer
 
 
@@ -97,7 +98,7 @@ def compare(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     step()
     with precision():
         costs = measure_units(detector, batch, targets)
-    held = fixed_bytes(detector, optimizer, None)
+    held = held_bytes(detector, optimizer, None)
     plans = {name: plan_memory(parse_memory(name), costs, held) for name in ["none", *given.memories.split(",")]}
     bytes: dict[str, dict[str, int]] = {}
     for name, plan in plans.items():
@@ -116,6 +117,9 @@ def compare(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "segments": len(plan.segments),
             **{f"{key}_mb": round(value / 1e6, 1) for key, value in bytes[name].items()},
             **{f"{key}_saved": saved(bytes[name][key], bytes["none"][key]) for key in bytes[name]},
+            "step_saved_of_maps": round(
+                (bytes["none"]["step_peak"] - bytes[name]["step_peak"]) / bytes["none"]["kept"], 3
+            ),
             "planned_kept_saved": saved(plan.kept_bytes, plan.all_bytes),
             "planned_with_largest_saved": saved(plan.kept_bytes + plan.largest_bytes, plan.all_bytes),
             "planned_step_mb": round((plan.peak_bytes - held) / 1e6, 1),

@@ -29,7 +29,7 @@ from gesso.data.transforms import Direct, InputConfig, KeepRatio
 from gesso.errors import GessoError
 from gesso.recipes.small import fine_tuning_stage, low_resolution_stage, scratch_stage, small_detector
 from gesso.run.config import DataConfig, RunConfig
-from gesso.run.session import Observer
+from gesso.run.observer import Observer
 from gesso.run.train import train
 from gesso.training.stage import TrainingConfig
 

@@ -20,8 +20,9 @@ from gesso.recipes import demo
 from gesso.run.config import RunConfig
 from gesso.run.data import Progress, open_data
 from gesso.run.folder import RunFolder
+from gesso.run.observer import Observer
 from gesso.run.report import write_comparison
-from gesso.run.session import Observer, RunResult
+from gesso.run.session import RunResult
 from gesso.run.train import train
 
 SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl")

@@ -9,6 +9,7 @@ import contextlib
 import inspect
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -133,7 +134,7 @@ def initialise(device: torch.device | None = None, *, timeout_seconds: float = 6
 
     Args:
         device: of this process; on a GPU its tensors go through NCCL. None = the CPU.
-        timeout_seconds: a collective that takes longer fails.
+        timeout_seconds: of the watchdog; a collective fails a minute later, so that the watchdog speaks first.
 
     Raises:
         ProcessLost: not all processes arrive in that time.
@@ -143,7 +144,7 @@ def initialise(device: torch.device | None = None, *, timeout_seconds: float = 6
     cuda = device is not None and device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-    limit = timedelta(seconds=timeout_seconds)
+    limit = timedelta(seconds=timeout_seconds + 60)
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit, **_meeting(limit))
     except RuntimeError as error:
@@ -356,7 +357,7 @@ def barrier() -> None:
 class _Parallel(DistributedDataParallel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with waiting("forward pass", counted=False):  # the second one agrees on the order of the buckets first
-            return super().forward(*args, **kwargs)
+            return super().forward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 def data_parallel(module: nn.Module) -> nn.Module:
@@ -366,6 +367,7 @@ def data_parallel(module: nn.Module) -> nn.Module:
     """
     if world_size() == 1:
         return module
+    warnings.filterwarnings("ignore", message="Grad strides do not match")  # of a 1 x 1 filter, all are the same
     with waiting("comparison of the modules"):
         parallel = _Parallel(module, gradient_as_bucket_view=True, **_LEAVE_BUFFERS)
     parallel.register_comm_hook(None, _add_bucket)

@@ -15,8 +15,9 @@ import torch
 from gesso import distributed
 from gesso.commands.parsing import Result
 from gesso.errors import ConfigError, GessoError, Interrupted, ProcessLost
-from gesso.launch import is_launched
+from gesso.launch import is_launched, launch_id
 from gesso.log import get_logger
+from gesso.run.config import RunConfig
 
 log = get_logger(__name__)
 
@@ -47,12 +48,12 @@ def check_gpus(gpus: int, device: str) -> None:
 
 
 @contextlib.contextmanager
-def joined(device: str, asked: Callable[[], bool]) -> Iterator[None]:
+def joined(config: RunConfig, asked: Callable[[], bool]) -> Iterator[None]:
     """Within the block the processes that torchrun started are one group; alone, nothing happens.
 
     Where they stop because one of them was ``asked`` to, a torchrun that does not know of it is told.
     """
-    distributed.initialise(distributed.choose_device(device))
+    distributed.initialise(distributed.choose_device(config.device), timeout_seconds=config.timeout_seconds)
     try:
         yield
     except Interrupted:
@@ -71,12 +72,13 @@ def tell_of_stop(asked: bool) -> None:
     Args:
         asked: a signal reached this process.
     """
-    if not is_launched():
+    if launch_id() is None:
         return
     machine = int(os.environ.get("GROUP_RANK", "0"))
     told = distributed.all_gather(torch.tensor([machine, int(asked)]), name="signals").tolist()
     here = [said for number, said in told if number == machine]
-    if asked and (len(here) == 1 or not all(here)):
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if asked and restarts and (len(here) == 1 or not all(here)):
         os.kill(os.getppid(), signal.SIGTERM)
 
 

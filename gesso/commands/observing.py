@@ -9,7 +9,7 @@ from rich.console import Console
 from gesso import launch
 from gesso.commands.interruption import StopRequest
 from gesso.reports.progress import JobProgress, Stage, describe
-from gesso.run.session import Observer
+from gesso.run.observer import Observer
 
 PREPARING = "making the embedded data"
 

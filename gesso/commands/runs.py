@@ -63,7 +63,7 @@ def train_(words: list[str]) -> Result:
     again = command_line("train", *words, *([] if given.resume else ["--resume"]))
     steps = {stage: part.steps for stage, part in config.stages()}
     stages = run_stages(list(steps.items()), embedded=config.data.train is None)
-    with graceful_stop() as stop, job_progress(stages) as job, joined(config.device, stop):
+    with graceful_stop() as stop, job_progress(stages) as job, joined(config, stop):
         result = train(
             config,
             given.out,

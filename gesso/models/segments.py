@@ -149,7 +149,8 @@ def install(detector: Detector, segments: Iterable[Segment]) -> None:
     """Lets the segments run so that their activations are computed again, and no others, until the next call.
 
     They do so in training mode with gradients. Names of weights stay, and so do all values: running statistics are
-    updated once a step, random choices repeat, and no collective is repeated. The norm policy has to be applied before.
+    updated once a step, random states are set back for the second time, and no collective is repeated. The norm policy
+    has to be applied before.
     """
     chosen: dict[str, list[Segment]] = {}
     for segment in segments:

@@ -14,7 +14,7 @@ from gesso.models.faster_rcnn import FasterRCNNConfig
 from gesso.run.folder import RunFolder
 from gesso.training.stage import TrainingConfig
 
-FREE_KEYS = ("device", "tensorboard", "data.workers", "data.inference_batch_size")
+FREE_KEYS = ("device", "tensorboard", "timeout_seconds", "data.workers", "data.inference_batch_size")
 FREE_STAGE_KEYS = ("log_every", "checkpoint_every", "evaluate_every", "keep_checkpoints")
 """What a resume may change without being asked twice: it does not change the result."""
 Changes = dict[str, tuple[Any, Any]]
@@ -63,6 +63,8 @@ class RunConfig:
     """The first stage of direct pre-training, on the same data; None = no such stage."""
     training: TrainingConfig
     """The (last) stage."""
+    timeout_seconds: float = 600.0
+    """How long a process waits for another one before it says so and ends, with several processes."""
     tensorboard: bool = False
     """Also write TensorBoard files into the run folder (needs the extra 'tensorboard')."""
 

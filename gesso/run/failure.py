@@ -108,10 +108,13 @@ def read_failure(path: Path) -> Failure:
         remedy="Name a file that gesso train wrote to RUN/failures.",
     )
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        file = path.open("rb")
     except OSError as error:
         raise InputError(error.strerror or "cannot be read", where=path, remedy="Check the path.") from error
-    except Exception as error:  # torch raises whatever its parts raise
+    try:
+        with file:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # of a file that is cut off, torch raises OSErrors too
         raise foreign from error
     if not isinstance(found, dict) or "format_version" not in found:
         raise foreign

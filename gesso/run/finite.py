@@ -71,7 +71,7 @@ class _Call:
         """Describes ``values``, some of which are not finite."""
         bad = ~values.isfinite()
         batched = batched and values.ndim > 0
-        rows = bad.flatten(1).any(1).nonzero().flatten().tolist() if batched and values.ndim > 1 else []
+        rows = bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist() if batched else []
         return Finding(
             module=self.name,
             kind=self.kind,

@@ -106,7 +106,7 @@ class RunFolder:
 
     def began(self) -> bool:
         """Whether anything was learnt that could be lost with the folder."""
-        return self.metrics.exists() or self.checkpoints.exists()
+        return self.metrics.exists() or self.checkpoints.exists() or (self.path / "failures").exists()
 
     @contextlib.contextmanager
     def locked(self, *, patience: float = 0.0) -> Iterator[None]:

@@ -2,12 +2,13 @@
 
 import importlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from gesso import config as configs
 from gesso import distributed, log
 from gesso.data.index import Index
 from gesso.data.loading import TrainingBatches, training_batches
+from gesso.data.transforms import Shape
 from gesso.errors import InputError, Interrupted, RunError
 from gesso.evaluation.coco import KEYS, MASK_KEYS
 from gesso.evaluation.detection_files import write_detections
@@ -27,19 +29,24 @@ from gesso.run.config import RunConfig
 from gesso.run.data import open_data
 from gesso.run.failure import save_failure
 from gesso.run.folder import RunFolder
+from gesso.run.observer import Observer
 from gesso.run.predictor import TrainedDetector, new_detector
 from gesso.run.report import write_run_report
 from gesso.run.saving import Saver
+from gesso.structures import to_device
 from gesso.training import checkpoint as checkpoints
 from gesso.training.checkpoint import Checkpoint
 from gesso.training.ema import EMA, swapped
 from gesso.training.loop import Batches, Callbacks, run_stage
+from gesso.training.memory import held_bytes, parse_memory, save_memory
 from gesso.training.optimizer import build_optimizer
 from gesso.training.precise_bn import precise_statistics
+from gesso.training.schedule import describe_rule
 from gesso.training.stage import Stage, TrainingConfig
 from gesso.training.step import Row
 from gesso.training.timing import RowMeter
-from gesso.training.worst_case import largest_shape, rehearse
+from gesso.training.watchdog import Watchdog
+from gesso.training.worst_case import Pair, largest_shape, rehearse, worst_batch
 
 logger, row_logger = log.get_logger(__name__), log.get_logger(ROWS)
 
@@ -64,27 +71,6 @@ class RunResult:
     images: int
 
 
-class Observer:
-    """Is told how a run goes; the command line draws a progress line with it. All methods may be left as they are."""
-
-    should_stop: Callable[[], bool] = staticmethod(lambda: False)
-
-    def plan(self, stages: list[tuple[str, int]], evaluations: int) -> None:
-        """The stages with their steps, and how many evaluations there will be."""
-
-    def prepare(self, what: str, done: int, total: int) -> None:
-        """Progress of making the embedded data set."""
-
-    def step(self, stage: str, step: int) -> None:
-        """A step of a stage is done."""
-
-    def row(self, row: Mapping[str, Any]) -> None:
-        """A row was written to metrics.jsonl."""
-
-    def evaluating(self, done: int, total: int) -> None:
-        """Progress of an evaluation."""
-
-
 class Session:
     """One process's work on a run, from its newest checkpoint to its end."""
 
@@ -95,6 +81,7 @@ class Session:
         self.train_index, self.val_index = self._open_data()
         self.space = self.train_index.label_space
         distributed.from_main(lambda: folder.keep_label_space(self.space))
+        self.watchdog = Watchdog(config.timeout_seconds)
         self.base = 0  # steps of the stages before the one at hand
         self.saver = Saver(folder, configs.digest(config))
         self.meter = RowMeter()  # of the stage at hand, and so are
@@ -218,6 +205,9 @@ class Session:
             len(self.train_index),
             self.train_index.num_boxes,
         )
+        config = stage.config
+        for line in describe_rule(config.schedule, config.optimizer.rate, config.batch_size, config.steps):
+            logger.info("%s: %s", name, line)
         batches = training_batches(
             self.train_index,
             stage.config.input,
@@ -257,8 +247,27 @@ class Session:
         """The same batches, after the largest step of the stage was tried while loaders make them: ``rehearse``."""
         first, index = next(batches), self.train_index
         shape = largest_shape(stage.config.input, index.heights, index.widths)
+        self._save_memory(stage, first, shape)
         rehearse(stage, first, shape, name=name, begun=self.base + stage.step > 0)
-        return itertools.chain([first], batches)
+        return self._watched(stage, itertools.chain([first], batches))
+
+    def _watched(self, stage: Stage, batches: Batches) -> Batches:
+        """The same batches; of each, before its step, the watchdog hears the number and the images."""
+        for batch, targets in batches:
+            rows = batch.image_index.numpy()
+            self.watchdog.beat(self.base + stage.step + 1, np.asarray(self.train_index.image_ids)[rows])
+            yield batch, targets
+
+    def _save_memory(self, stage: Stage, example: Pair, shape: Shape) -> None:
+        """Chooses what is computed twice, by a measured forward pass of the largest part of a step."""
+        if not isinstance(stage.module, Detector):
+            return
+        part = worst_batch(example, shape, example[0].images.shape[0] // stage.config.accumulate)
+        there = to_device(part[0], self.device), to_device(part[1], self.device)
+        held = held_bytes(stage.module, stage.optimizer, stage.ema)
+        plan = save_memory(stage.module, parse_memory(stage.config.memory), *there, fixed_bytes=held)
+        if plan.segments:
+            logger.info(plan.describe())
 
     def _row(self, name: str, step: int, row: Row) -> None:
         if not distributed.is_main():

@@ -19,7 +19,8 @@ from gesso.run.config import Changes, RunConfig, check_processes, check_same, re
 from gesso.run.data import check_data
 from gesso.run.epochs import training_images, with_steps
 from gesso.run.folder import RunFolder
-from gesso.run.session import Observer, RunResult, Session
+from gesso.run.observer import Observer
+from gesso.run.session import RunResult, Session
 from gesso.training.checkpoint import newest_checkpoint
 
 logger = log.get_logger(__name__)
@@ -85,7 +86,8 @@ def train(
         Interrupted: the observer of a process asked to stop; a checkpoint was saved.
     """
     init = None if init is None else init.absolute()
-    began = distributed.initialise(distributed.choose_device(config.device))
+    device = distributed.choose_device(config.device)
+    began = distributed.initialise(device, timeout_seconds=config.timeout_seconds)
     try:
         processes = distributed.world_size()
         run = distributed.from_main(
@@ -174,7 +176,7 @@ def _work(run: _Begun, observer: Observer, how_to_resume: str) -> RunResult:
     """Trains; a run that fails before its first step leaves no folder, unless it was resumed."""
     folder = run.folder
     try:
-        with contextlib.closing(Session(run.config, folder, observer, how_to_resume)) as session:
+        with contextlib.closing(Session(run.config, folder, observer, how_to_resume)) as session, session.watchdog:
             return session.run(folder.first_weights())
     except Exception:
         if (run.restarted or not run.goes_on) and distributed.is_main() and not folder.began():

@@ -76,11 +76,13 @@ def measure_units(detector: Detector, batch: ImageBatch, targets: Targets) -> li
         batch: on the device, the pictures of one forward pass of a process.
         targets: their ground truth.
     """
+    older = torch.zeros((), requires_grad=True) * 1
     try:
         return _measure(detector, batch, targets)
     except (RuntimeError, MemoryError) as error:
         if not is_lack_of_memory(error):
             raise
+    older.backward()  # type: ignore[no-untyped-call]  # drops what a broken backward pass left to do on the CPU
     if batch.images.is_cuda:
         torch.cuda.empty_cache()
     groups = [m.policy.images or 1 for m in detector.modules() if isinstance(m, PolicyBatchNorm2d) and m.group is None]

@@ -111,11 +111,12 @@ def save_memory(detector: Detector, memory: Memory, batch: ImageBatch, targets: 
     """Chooses what is computed again in training from now on, and lets the detector do so; all processes together.
 
     Args:
-        detector: on its device, with its norm policy applied; what was chosen before is dropped.
+        detector: on its device, with its norm policy applied; what was chosen before is dropped. Where it is compiled,
+            compiled graphs need less than is measured here.
         memory: of ``parse_memory``.
         batch: on the device, as many pictures as a process has in one forward pass, of the largest shape.
         targets: their ground truth.
-        fixed_bytes: of ``fixed_bytes``.
+        fixed_bytes: of ``held_bytes``.
 
     Raises:
         ConfigError: no choice keeps within the budget.
@@ -134,7 +135,7 @@ def apply_memory(detector: Detector, plan: Plan) -> None:
     segments.install(detector, plan.segments)
 
 
-def fixed_bytes(module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> int:
+def held_bytes(module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> int:
     """What a step holds beside activations: weights, buffers, gradients, the optimizer's state and averages."""
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = [tensor for state in optimizer.state.values() for tensor in state.values() if isinstance(tensor, Tensor)]
@@ -150,7 +151,7 @@ def plan_memory(memory: Memory, costs: Sequence[UnitCost], fixed_bytes: int) -> 
     Args:
         memory: how to choose.
         costs: of ``measure_units``.
-        fixed_bytes: that the step holds beside activations.
+        fixed_bytes: of ``held_bytes``.
 
     Raises:
         ConfigError: no choice keeps within the budget.

@@ -16,6 +16,7 @@ from gesso.models.losses import BatchLosses
 from gesso.models.norm import NormPolicy
 from gesso.structures import ImageBatch, Targets
 from gesso.training.ema import EMA
+from gesso.training.memory import parse_memory
 from gesso.training.optimizer import SGD, AdamW
 from gesso.training.schedule import ScheduleConfig
 
@@ -82,6 +83,7 @@ class TrainingConfig:
             raise ConfigError(f"training: clip_norm must be above 0, found {self.clip_norm}")
         if self.epochs is not None and not self.epochs > 0:
             raise ConfigError(f"training: epochs must be above 0, found {self.epochs}")
+        parse_memory(self.memory)
         if self.precise_bn < 0:
             raise ConfigError(f"training: precise_bn must be at least 0, found {self.precise_bn}")
         if self.batch_size % self.accumulate:

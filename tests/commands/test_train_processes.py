@@ -31,11 +31,9 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does_and_speak_with_one_voice(undisturbed, tmp_path):
+def test_two_processes_learn_what_one_does_and_speak_with_one_voice(undisturbed, gesso, tmp_path):
     two, called = undisturbed
-    with launching(tmp_path / "said") as begin:
-        run = begin(*GESSO, *TINY, "--out", tmp_path / "one", "--json")
-        assert run.wait() == 0, run.err
+    gesso(*TINY, "--out", tmp_path / "one")
     one = training_rows(tmp_path / "one")
     for row, other in zip(one, training_rows(two), strict=True):
         assert other["loss"] == pytest.approx(row["loss"], rel=1e-9)
@@ -200,10 +198,11 @@ def test_how_to_go_on_is_how_it_was_called(monkeypatch):
     assert command_line("train") == "torchrun ... --nproc-per-node 4 -m gesso train"
 
 
-def _tell(asked, machines, told):
+def _tell(asked, machines, told, restarts):
     """In each process: ``tell_of_stop`` with a recorder in place of the signal."""
     rank = distributed.rank()
     os.environ |= {"TORCHELASTIC_RUN_ID": "job", "GROUP_RANK": str(machines[rank])}
+    os.environ["TORCHELASTIC_MAX_RESTARTS"] = str(restarts)
     sent = []
     os.kill = lambda pid, number: sent.append((pid, number))
     launcher.tell_of_stop(asked[rank])
@@ -211,14 +210,15 @@ def _tell(asked, machines, told):
 
 
 @pytest.mark.parametrize(
-    ("asked", "machines", "told"),
+    ("asked", "machines", "told", "restarts"),
     [
-        ((True, True), (0, 0), (False, False)),  # the launcher handed it on
-        ((False, True), (0, 0), (False, True)),  # it knows nothing
-        ((False, False), (0, 0), (False, False)),
-        ((True, True, False), (0, 0, 1), (False, False, False)),  # the other machine goes on without this one
-        ((True, False), (0, 1), (True, False)),  # alone on its machine, one cannot tell, and once more does no harm
+        ((True, True), (0, 0), (False, False), 2),  # the launcher handed it on
+        ((False, True), (0, 0), (False, True), 2),  # it knows nothing
+        ((False, True), (0, 0), (False, False), 0),  # and would start nothing again
+        ((False, False), (0, 0), (False, False), 2),
+        ((True, True, False), (0, 0, 1), (False, False, False), 2),  # the other machine goes on without this one
+        ((True, False), (0, 1), (True, False), 2),  # alone on its machine, one cannot tell, and once more does no harm
     ],
 )
-def test_a_launcher_is_told_of_a_stop_that_it_does_not_know_of(asked, machines, told):
-    assert run_processes(_tell, len(asked), asked, machines, told) == [True] * len(asked)
+def test_a_launcher_is_told_of_a_stop_that_it_does_not_know_of(asked, machines, told, restarts):
+    assert run_processes(_tell, len(asked), asked, machines, told, restarts) == [True] * len(asked)

@@ -67,19 +67,20 @@ def _train(out, kind):
     before, after = seen["before"], _state(seen["stage"])
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     moved = any(name.endswith("momentum_buffer") and value.any() for name, value in before.items())
-    told = caught.value.told
     return {
         "message": str(caught.value),
-        "told": told,
+        "told": caught.value.told,
         "same": before.keys() == after.keys() and not changed,
         "moved": moved,
         "keys": seen["keys"],
         "boxes": seen["boxes"],
-        "weights": {name.removeprefix("module."): v for name, v in before.items() if name.startswith("module.")},
+        "weights": {
+            name.removeprefix("module."): v.numpy() for name, v in before.items() if name.startswith("module.")
+        },
     }
 
 
-@pytest.mark.parametrize("kind", ["train", "sync"])
+@pytest.mark.parametrize("kind", ["train", pytest.param("sync", marks=pytest.mark.slow)])
 def test_one_bad_picture_in_one_process_stops_all_and_changes_nothing(tmp_path, monkeypatch, kind):
     out = tmp_path / "r"
     first, second = run(_train, 2, out, kind)
@@ -93,7 +94,8 @@ def test_one_bad_picture_in_one_process_stops_all_and_changes_nothing(tmp_path, 
     assert (kept.step, kept.world_size) == (3, 2)
     assert kept.batch.key.tolist() == first["keys"] + second["keys"]
     assert kept.targets.boxes[:2].sum().item() == first["boxes"] and kept.targets.boxes[2:].sum() == second["boxes"]
-    assert all(torch.equal(value, first["weights"][name]) for name, value in kept.weights.items())
+    assert kept.weights.keys() == first["weights"].keys()
+    assert all((value.numpy() == first["weights"][name]).all() for name, value in kept.weights.items())
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2]
     monkeypatch.setattr(Detector, "normalise", _poison_picture([second["keys"][0]]))
@@ -128,6 +130,7 @@ NORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "accumulate"), [*((norm, 1) for norm in NORMS), ("train", 2), ("sync", 2)])
 def test_one_process_repeats_the_numbers_of_several(tmp_path, norm, accumulate):
     """Of a step that was finite: losses and the norm of all gradients, in float64."""
@@ -172,13 +175,10 @@ def test_parts_are_joined_in_the_order_of_the_processes(tmp_path):
     said = run(_parts, 3, RunFolder(out))
     assert said == [f"It is kept: repeat it with gesso debug replay {out}/failures/00000009.pt"] * 3
     kept = read_failure(out / "failures" / "00000009.pt")
-    expected = [0, 1, 2, 10, 11, 12, 20, 21, 22]
+    expected = torch.tensor([0, 1, 2, 10, 11, 12, 20, 21, 22])
     for part in (kept.batch, kept.targets):
         for field in dataclasses.fields(part):
             tensor = getattr(part, field.name)
-            if tensor is not None and tensor.dtype != torch.bool:
-                assert tensor.flatten(1)[:, 0].tolist() == expected if tensor.ndim > 1 else tensor.tolist() == expected
-                assert (
-                    len(tensor) == 9
-                    and (tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]).std(1).eq(0) is not None
-                )
+            if tensor is not None:
+                rows = expected.view(-1, *[1] * (tensor.ndim - 1)).to(tensor.dtype)
+                assert torch.equal(tensor, rows.expand(tensor.shape))

@@ -6,9 +6,11 @@ began. They are forked from a server that has imported everything, so that a sta
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -18,7 +20,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gesso.data.index import Index
+from gesso.data.loading import training_batches
 from gesso.errors import GessoError
+from gesso.random_key import fold
+from gesso.run.session import STAGES
 from gesso.run.train import train
 from tests.distributed.launched import GESSO, TORCHRUN, launching, steps_of
 from tests.distributed.processes import _CONTEXT, free_port
@@ -62,14 +68,20 @@ class Group:
         for process in self.processes:
             process.start()
 
-    def kill(self, kill, chance):
-        """Kills all processes, one a moment after the other; False where they had ended before."""
+    def until(self, kill):
+        """Waits for the moment; False where they have ended before."""
         while not self._due(kill):
             if all(process.exitcode == 0 for process in self.processes):
                 return False
             self._check((None, 0))
             time.sleep(0.001)
         time.sleep(kill.delay)
+        return True
+
+    def kill(self, kill, chance):
+        """Kills all processes, one a moment after the other; False where they had ended before."""
+        if not self.until(kill):
+            return False
         for process in chance.sample(self.processes, len(self.processes)):
             process.kill()
             time.sleep(chance.choice((0, chance.random() * 0.3)))
@@ -194,6 +206,48 @@ def test_two_stages_killed_at_random_moments(data, tmp_path, seed, world):
     with_kills(config, tmp_path / "r", seed, worlds=(world,), workers=(0, 1), kills=4)
     assert (newest(straight) / "ema.safetensors").exists() == (config.training.ema_decay is not None)
     assert differences(straight, tmp_path / "r") == []
+
+
+@pytest.mark.slow
+def test_the_others_leave_when_one_is_killed_and_all_go_on(data, straight, tmp_path):
+    config, out = tiny_run(data, **SHORT), tmp_path / "r"
+    for end, lost, code in ((0, 1, 75), (1, 0, 75)):
+        group = Group(config, out, 2)
+        assert group.until(Kill("row", 2, 0.0))
+        group.processes[lost].kill()
+        group.processes[end].join(timeout=60)
+        assert group.processes[end].exitcode == code
+    said = group.said.read_text()
+    assert "Traceback" not in said
+    noticed = re.findall(r"gesso: another process of this run was lost \(rank (.) noticed at step \d+ in '.+'\)", said)
+    assert noticed == ["0", "1"]
+    undisturbed(config, out, 2)
+    assert differences(straight[2], out) == []
+
+
+@pytest.mark.slow
+def test_the_others_leave_when_one_hangs_and_all_go_on(data, straight, tmp_path):
+    config, out = tiny_run(data, **SHORT), tmp_path / "r"
+    group = Group(dataclasses.replace(config, timeout_seconds=5), out, 2)
+    assert group.until(Kill("row", 3, 0.0))
+    os.kill(group.processes[1].pid, signal.SIGSTOP)
+    try:
+        group.processes[0].join(timeout=60)
+        assert group.processes[0].exitcode == 75
+    finally:
+        group.processes[1].kill()
+        group.processes[1].join()
+    (line,) = [line for line in (out / "log.txt").read_text().splitlines() if " E " in line]
+    found = re.search(r" E rank 0 has waited \d+ s in '.+' at step (\d+), its batch has the image ids ([\d, ]+);", line)
+    assert found, line
+    seen = training_batches(
+        Index.open(data.train), config.training.input, seed=fold(0, STAGES["training"]), batch_size=8
+    )
+    batch = next(itertools.islice(seen, int(found[1]) - 1, None))[0]
+    ids = Index.open(data.train).image_ids[batch.image_index[:4].numpy()]
+    assert [int(word) for word in found[2].split(",")] == ids.tolist()
+    undisturbed(config, out, 2)
+    assert differences(straight[2], out) == []
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from gesso.training.watchdog import Watchdog
 from tests.distributed.processes import _CONTEXT, free_port
 from tests.models.helpers import random_batch, tiny_detector
 
-LIMIT = 2.0
+LIMIT = 3.0
 LONG = 60.0
 IDS = np.array([17, 39, 4, 2**40, 81, 6, 7, 8])
 
@@ -153,7 +153,7 @@ def test_a_process_that_does_not_come_is_reported_by_the_other(tmp_path, end, ki
     assert left.code == 75, left.said
     (line,) = left.lines
     said = f"in '{collective}' at step {811 + at}, its batch has the image ids 17, 39, 4, {2**40}; another process may"
-    assert re.search(rf" E rank 0 has waited [2-4] s {re.escape(said)}", line), line
+    assert re.search(rf" E rank 0 has waited \d+ s {re.escape(said)}", line), line
     assert "Traceback" not in left.said and "File" in left.said and "train_step" in left.said  # the stacks
 
 
@@ -202,7 +202,7 @@ def test_process_0_that_does_not_come_back_is_reported_by_all_others(tmp_path):
     for rank in (1, 2):
         assert left[rank].code == 75
         (line,) = left[rank].lines
-        assert re.search(rf"rank {rank} has waited [2-4] s in 'work of process 0' before its first step; ", line), line
+        assert re.search(rf"rank {rank} has waited \d+ s in 'work of process 0' before its first step; ", line), line
 
 
 def _lonely():

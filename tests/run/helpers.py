@@ -13,7 +13,7 @@ from torch import Tensor
 from gesso.data.transforms import Direct, InputConfig
 from gesso.recipes.debug import tiny
 from gesso.run.config import RunConfig
-from gesso.run.session import Observer
+from gesso.run.observer import Observer
 from gesso.training.optimizer import AdamW
 from gesso.training.stage import TrainingConfig
 from gesso.training.timing import PHASES

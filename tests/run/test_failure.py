@@ -120,7 +120,7 @@ def test_files_that_are_none(kept, tmp_path):
     with pytest.raises(InputError, match="Is a directory"):
         read_failure(tmp_path)
     whole = kept.read_bytes()
-    for content in (b"", b"no archive at all", whole[:-1000], whole[: len(whole) // 2]):
+    for content in (b"", b"no archive at all", whole[:-1000], whole[: len(whole) // 2], whole[:5000]):
         file.write_bytes(content)
         with pytest.raises(InputError, match="not the file of a failed step, or it is broken"):
             read_failure(file)

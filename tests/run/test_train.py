@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from gesso.errors import InputError, Interrupted, RunError
 from gesso.evaluation.coco import score_coco
 from gesso.run.folder import RunFolder
-from gesso.run.session import Observer
+from gesso.run.observer import Observer
 from gesso.run.train import train
 from gesso.training.loop import run_stage
 from tests.run.helpers import BACKBONE, StopAfter, differences, newest, rows, tensors, tiny_run, two_stages

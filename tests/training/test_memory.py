@@ -22,7 +22,7 @@ from gesso.models.simple_pyramid import SimplePyramidConfig
 from gesso.recipes.small import small_detector
 from gesso.training.activations import UnitCost, bytes_alive, measure_units, total_bytes
 from gesso.training.ema import EMA
-from gesso.training.memory import Memory, apply_memory, fixed_bytes, parse_memory, plan_memory, save_memory
+from gesso.training.memory import Memory, apply_memory, held_bytes, parse_memory, plan_memory, save_memory
 from gesso.training.optimizer import SGD, AdamW, build_optimizer
 from tests.models.helpers import KINDS, random_batch, tiny_detector
 
@@ -63,13 +63,13 @@ def assert_same(found, wanted, tolerance=1e-12):
 
 def saved(detector, text, side=64):
     """The detector under a choice, and the plan."""
-    least = fixed_bytes(detector, build_optimizer(detector, SGD()), None)
+    least = held_bytes(detector, build_optimizer(detector, SGD()), None)
     return save_memory(detector, parse_memory(text), *random_batch(side=side), fixed_bytes=least)
 
 
 def half_budget(detector, side=64):
     """A budget between the least and none, so that something is computed twice and something is not."""
-    fixed = fixed_bytes(detector, build_optimizer(detector, SGD()), None)
+    fixed = held_bytes(detector, build_optimizer(detector, SGD()), None)
     costs = measure_units(detector, *random_batch(side=side))
     peaks = [plan_memory(parse_memory(text), costs, fixed).peak_bytes for text in ("none", "stages", "sqrt")]
     return f"budget={(peaks[0] + min(peaks[1:])) / 2e6:.6f}MB"
@@ -143,6 +143,16 @@ def test_running_statistics_are_updated_once_under_every_norm_policy(kind):
     assert_same(everything_of(other), everything_of(plain), tolerance=1e-6)
 
 
+def test_a_step_is_the_same_in_mixed_precision():
+    plain = made("resnet50", dtype=torch.float32)
+    other = copy.deepcopy(plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        halved = saved(other, "sqrt").all_bytes
+        wanted, found = everything_of(plain), everything_of(other)
+    assert_same(found, wanted, tolerance=1e-6)
+    assert halved < 0.7 * saved(plain, "sqrt").all_bytes
+
+
 def test_batch_norm_that_follows_no_policy_is_updated_once():
     plain = build_detector(small_detector(), CLASSES).double().train()
     assert any(type(module) is nn.BatchNorm2d for module in plain.backbone.modules())
@@ -201,6 +211,30 @@ def bytes_for_backward(losses, detector):
             sizes |= {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in node.saved_tensors}
     known = {t.untyped_storage().data_ptr() for t in (*detector.parameters(), *detector.buffers())}
     return sum(size for key, size in sizes.items() if key not in known)
+
+
+# Where the units lie.
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "convnext_atto", "swin_tiny_patch4_window7_224", *FORMS])
+def test_units_hold_nearly_all_weights_of_a_backbone_each_once(backbone):
+    detector = made(backbone, dtype=torch.float32)
+    names = []
+    for unit in find_units(detector):
+        holder = detector.get_submodule(unit.holder)
+        parts = list(holder.children())[unit.start : unit.stop] if unit.stop else [holder]
+        names += [id(parameter) for part in parts for parameter in part.parameters()]
+        assert unit.name == unit.holder or parts[0] is detector.get_submodule(unit.name)
+    assert len(names) == len(set(names))
+    inside = sum(p.numel() for p in detector.parameters() if id(p) in set(names))
+    everything = sum(p.numel() for part in (detector.backbone, detector.neck) for p in part.parameters())
+    assert inside > 0.9 * everything
+
+
+def test_the_units_of_a_residual_network_are_its_stem_its_blocks_and_the_neck():
+    names = [unit.name.removeprefix("backbone.body.") for unit in find_units(made("resnet50"))]
+    blocks = [f"layer{stage}.{k}" for stage, count in enumerate((3, 4, 6, 3), 1) for k in range(count)]
+    assert names == ["conv1", "maxpool", *blocks, "neck"]
 
 
 # Installing leaves no trace.
@@ -308,7 +342,7 @@ def test_a_step_holds_no_more_than_is_expected(choice):
     batch, targets = random_batch(side=160)
     there = [*detector.parameters(), *detector.buffers()]
     gradients = sum(p.nbytes for p in detector.parameters() if p.requires_grad)
-    fixed = fixed_bytes(detector, build_optimizer(detector, SGD()), None)
+    fixed = held_bytes(detector, build_optimizer(detector, SGD()), None)
     known = [*there, *vars(batch).values(), *(t for t in vars(targets).values() if t is not None)]
     detector.zero_grad(set_to_none=True)
     with bytes_alive(torch.device("cpu"), known) as alive:
@@ -367,19 +401,19 @@ def test_a_segment_never_begins_where_its_input_is_changed_in_place():
         assert_same(everything_of(other), everything_of(copy.deepcopy(plain)))
 
 
-def test_the_fixed_bytes_are_those_that_exist_after_a_step():
+def test_the_held_bytes_are_those_that_exist_after_a_step():
     for config in (SGD(rate=1e-3), AdamW(rate=1e-3)):
         detector = made(dtype=torch.float32)
         ema = EMA(detector, 0.9)
         optimizer = build_optimizer(detector, config)
-        expected = fixed_bytes(detector, optimizer, ema)
+        expected = held_bytes(detector, optimizer, ema)
         everything_of(detector)
         optimizer.step()
         moments = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
         gradients = [p.grad for p in detector.parameters() if p.grad is not None]
         tensors = [*detector.parameters(), *detector.buffers(), *gradients, *moments, *ema.average.values()]
         assert expected == pytest.approx(sum(t.nbytes for t in tensors), rel=1e-3)
-        assert fixed_bytes(detector, optimizer, ema) == pytest.approx(expected, rel=1e-3)
+        assert held_bytes(detector, optimizer, ema) == pytest.approx(expected, rel=1e-3)
 
 
 # Planning.
