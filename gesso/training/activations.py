@@ -25,6 +25,7 @@ from gesso.structures import ImageBatch, Targets, map_tensors
 
 log = get_logger(__name__)
 
+COPIES = "copies of weights"
 _LACK_OF_MEMORY = ("you tried to allocate", "out of memory", "ALLOC_FAILED", "could not create a primitive")
 """Of torch on a CPU, of CUDA, of its libraries, and of oneDNN, which has one message for all."""
 
@@ -65,11 +66,13 @@ class UnitCost:
 def measure_units(detector: Detector, batch: ImageBatch, targets: Targets) -> list[UnitCost]:
     """The costs of all units in the order of the forward pass, and of what is around them.
 
-    The first entry, named "backbone", is what the backbone keeps outside all units; the last, named "heads", is the
-    most that all behind the neck takes, in the forward pass and back to the neck. Call it under the autocast of the
-    step. Two forward passes are done, without any collective; weights, gradients, running statistics, random states
-    and modes are afterwards what they were. Where memory runs out, the fewest pictures that batch norm can take stand
-    for all.
+    An entry named "backbone" is what the backbone keeps outside all units; the last, named "heads", is the most that
+    all behind the neck takes, in the forward pass and back to the neck. Call it under the autocast of the step: the
+    copies of weights in half precision, which live until its end, are then the first entry, named ``COPIES``.
+
+    Two forward passes are done, without any collective; weights, gradients, running statistics, random states and
+    modes are afterwards what they were. Where memory runs out, the fewest pictures that batch norm can take stand for
+    all, times their number.
 
     Args:
         detector: with its norm policy applied; segments that are installed do not count.
@@ -89,16 +92,17 @@ def measure_units(detector: Detector, batch: ImageBatch, targets: Targets) -> li
     few, all = max(groups, default=1), len(batch.images)
     log.info("all %d pictures do not fit in memory without recomputation; measuring with %d", all, few)
     costs = _measure(detector, map_tensors(batch, lambda t: t[:few]), map_tensors(targets, lambda t: t[:few]))
-    return [
-        replace(
-            cost,
-            bytes=cost.bytes * all // few,
-            input_bytes=cost.input_bytes * all // few,
-            largest_bytes=cost.largest_bytes * all // few,
-            seconds=cost.seconds * all / few,
-        )
-        for cost in costs
-    ]
+    return [cost if cost.name == COPIES else _times(cost, all / few) for cost in costs]
+
+
+def _times(cost: UnitCost, factor: float) -> UnitCost:
+    return replace(
+        cost,
+        bytes=round(cost.bytes * factor),
+        input_bytes=round(cost.input_bytes * factor),
+        largest_bytes=round(cost.largest_bytes * factor),
+        seconds=cost.seconds * factor,
+    )
 
 
 def is_lack_of_memory(error: BaseException) -> bool:
@@ -156,6 +160,8 @@ class _Pass:
         self.detector = detector
         self.units = segments.find_units(detector)
         self.owned = {_key(tensor) for tensor in (*detector.parameters(), *detector.buffers())}
+        self.weights = {(p.dtype, *sorted(p.shape)) for p in detector.parameters() if p.dim() > 1}
+        self.copies: dict[int, int] = {}  # of weights up to the neck, by storage: bytes
         self.saved: dict[int, tuple[int, int | None]] = {}  # by storage: bytes, the unit or None
         self.calls: list[_Call] = []
         self.ends: dict[int, Any] = {}
@@ -209,11 +215,20 @@ class _Pass:
 
     def _save(self, tensor: Tensor) -> Tensor:
         key = _key(tensor)
-        if key not in self.owned:
-            self.saved.setdefault(key, (tensor.untyped_storage().nbytes(), self.inside))
+        size = tensor.untyped_storage().nbytes()
+        if not self.outputs and self._is_copy(tensor):
+            self.copies[key] = size
+        elif key not in self.owned:
+            self.saved.setdefault(key, (size, self.inside))
             if self.outputs:
                 self.behind.add(key)
         return tensor
+
+    def _is_copy(self, tensor: Tensor) -> bool:
+        """Whether this is a weight in another precision; linear layers save it transposed."""
+        return tensor.dtype in (torch.bfloat16, torch.float16) and any(
+            (dtype, *sorted(tensor.shape)) in self.weights for dtype in (torch.float32, torch.float64)
+        )
 
     def _costs(self) -> list[UnitCost]:
         once = [call for call in self.calls if [c.unit for c in self.calls].count(call.unit) == 1]
@@ -231,7 +246,9 @@ class _Pass:
         seen: set[int] = set()
         units = [self._cost(call, inner[call.unit], seen) for call in once]
         outputs = self._size([t for t in self.outputs if _key(t) in self.saved], seen)
+        copies = sum(self.copies.values())
         return [
+            *([UnitCost(name=COPIES, bytes=copies)] if copies else []),
             UnitCost(name="backbone", bytes=sum(inner[None])),
             *_with_stages(units, self.called),
             UnitCost(name="heads", bytes=heads, input_bytes=outputs),

@@ -28,7 +28,7 @@ from gesso.models.detector import Detector
 from gesso.models.segments import Segment
 from gesso.structures import ImageBatch, Targets
 from gesso.training import recomputation
-from gesso.training.activations import UnitCost, measure_units, total_bytes
+from gesso.training.activations import COPIES, UnitCost, measure_units, total_bytes
 from gesso.training.ema import EMA
 from gesso.training.recomputation import Move, Moves
 
@@ -165,15 +165,16 @@ def plan_memory(memory: Memory, costs: Sequence[UnitCost], fixed_bytes: int) -> 
         chosen = _within(memory.budget, moves, fixed_bytes)
     else:
         chosen = recomputation.keep_all(moves)
+    copies = sum(cost.bytes for cost in costs if cost.name == COPIES)
     again = [k for move in chosen if move.segment is not None for k in range(move.start, move.stop)]
     return Plan(
         memory=memory,
         segments=tuple(move.segment for move in chosen if move.segment is not None),
         units=sum(1 for k in again if costs[k].bytes),
         all_units=sum(1 for cost in costs if cost.holder and cost.bytes),
-        kept_bytes=sum(move.keeps for move in chosen[:-1]),
+        kept_bytes=sum(move.keeps for move in chosen[:-1]) - copies,
         largest_bytes=max(move.again for move in chosen),
-        all_bytes=total_bytes(costs[:-1]),
+        all_bytes=total_bytes(costs[:-1]) - copies,
         peak_bytes=fixed_bytes + recomputation.peak(chosen),
         seconds=sum(move.seconds for move in chosen),
         all_seconds=sum(cost.seconds for cost in costs),

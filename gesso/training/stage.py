@@ -52,7 +52,8 @@ class TrainingConfig:
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights, and evaluate it; None = none."""
     precise_bn: int = 0
-    """Pictures over which the running statistics are taken anew at the end of the stage; 0 = they stay as they are."""
+    """Pictures, rounded up to whole batches, over which the running statistics are taken anew at the end of the stage;
+    0 = they stay as they are."""
     memory: str = "none"
     """Activations of backbone and neck that are computed twice to save memory: none, stages, sqrt (Chen et al. 2016),
     or budget=11GB, the cheapest choice that fits."""

@@ -103,10 +103,9 @@ def _gradients(
     world = distributed.world_size()
     shares: list[Tensor] = []
     for number, part in enumerate(parts, 1):
-        later = world > 1 and number < len(
-            parts
-        )  # alone, stage.parallel must not be made: it would stay without others
-        with distributed.gradients_held(stage.parallel) if later else contextlib.nullcontext():
+        # Alone, stage.parallel must not be made: it would stay without others.
+        held = world > 1 and number < len(parts)
+        with distributed.gradients_held(stage.parallel) if held else contextlib.nullcontext():
             with mixed_precision(stage):
                 found = stage.losses(*part, counts)
             total = torch.stack(list(found.losses.values())).sum()

@@ -99,7 +99,7 @@ def test_shares_never_pass_one():
 
 def _communicating(slow: bool) -> dict[str, float]:
     """Rows of one process of several; with ``slow``, process 1 comes late to every step."""
-    stage, recorder = new_stage(tiny_config(steps=6, log_every=6, batch_size=8, ema_decay=None)), Recorder()
+    stage, recorder = new_stage(tiny_config(steps=20, log_every=20, batch_size=8, ema_decay=None)), Recorder()
     stage.module.unused.requires_grad_(False)
     stream = batches(4 * distributed.rank())
 
@@ -118,7 +118,7 @@ def test_the_wait_for_a_slow_process_is_communication():
     assert fast["communication_share"] > 0.5 > fast["data_share"]
     assert slow["data_share"] > 0.5 > slow["communication_share"]
     for row in (fast, slow):
-        assert row["images_per_second"] < 8 / 0.1  # the slowest process counts
+        assert row["images_per_second"] < 1.2 * 8 / 0.1  # the slowest counts; the fast one is a step ahead at most
         assert row["images_per_second_per_gpu"] == row["images_per_second"] / 2
         assert sum(row[f"{phase}_share"] for phase in PHASES) <= 1
 
