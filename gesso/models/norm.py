@@ -207,6 +207,21 @@ def _check_parts(module: nn.Module, parts: tuple[str, ...]) -> None:
             raise ConfigError(f"norm.parts: '{part}' {what}", remedy=nearest(part, normed))
 
 
+def check_images(policy: NormPolicy, *, pictures: int, processes: int) -> None:
+    """ConfigError where so many processes with so many pictures each, in one forward pass, cannot form the groups."""
+    world = processes if policy.kind == "sync" else 1
+    sizes = {n for n in range(1, pictures + 1) if pictures % n == 0}
+    sizes |= {pictures * k for k in range(1, world + 1) if world % k == 0}
+    if policy.images is None or policy.images in sizes:
+        return
+    *most, last = (str(size) for size in sorted(sizes))
+    whose = f"{world} processes with {pictures} pictures each" if world > 1 else f"a process with {pictures} pictures"
+    raise ConfigError(
+        f"norm.images = {policy.images} cannot be formed by {whose}",
+        remedy=f"Choose {', '.join(most)} or {last}." if most else f"Choose {last}.",
+    )
+
+
 def _group(policy: NormPolicy, pictures: int | None) -> int | None:
     """The processes whose pictures make a group of the policy; None = each process has its own groups."""
     world = distributed.world_size() if policy.kind == "sync" else 1
@@ -214,17 +229,7 @@ def _group(policy: NormPolicy, pictures: int | None) -> int | None:
         return distributed.EVERY if world > 1 else None
     if pictures is None:
         return None
-    sizes = {n for n in range(1, pictures + 1) if pictures % n == 0}
-    sizes |= {pictures * k for k in range(1, world + 1) if world % k == 0}
-    if policy.images not in sizes:
-        *most, last = (str(size) for size in sorted(sizes))
-        whose = (
-            f"{world} processes with {pictures} pictures each" if world > 1 else f"a process with {pictures} pictures"
-        )
-        raise ConfigError(
-            f"norm.images = {policy.images} cannot be formed by {whose}",
-            remedy=f"Choose {', '.join(most)} or {last}." if most else f"Choose {last}.",
-        )
+    check_images(policy, pictures=pictures, processes=world)
     return distributed.group(policy.images // pictures) if policy.images > pictures else None
 
 

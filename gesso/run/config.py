@@ -11,6 +11,7 @@ from gesso.data.demo import DemoConfig
 from gesso.errors import ConfigError, nearest
 from gesso.models.build import DetectorConfig
 from gesso.models.faster_rcnn import FasterRCNNConfig
+from gesso.models.norm import check_images
 from gesso.run.folder import RunFolder
 from gesso.training.stage import TrainingConfig
 
@@ -117,7 +118,7 @@ def _check_known(allowed: Sequence[str], keys: Set[str]) -> None:
 
 
 def check_processes(config: RunConfig, processes: int) -> None:
-    """ConfigError where a stage's batch cannot be divided among the processes; it names the numbers that can."""
+    """ConfigError where a stage's batch, or its groups of batch norm, do not fit the processes; it names what does."""
     for name, stage in config.stages():
         unit = stage.batch_size // stage.accumulate
         if unit % processes:
@@ -127,6 +128,7 @@ def check_processes(config: RunConfig, processes: int) -> None:
                 f"{name}: {stage.batch_size} pictures a step{parts} cannot be divided among {processes} processes",
                 remedy=f"Start {fitting} processes, or choose another --{name}.batch-size.",
             )
+        check_images(stage.norm, pictures=unit // processes, processes=processes)
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -43,7 +43,7 @@ from gesso.training.optimizer import build_optimizer
 from gesso.training.precise_bn import precise_statistics
 from gesso.training.schedule import describe_rule
 from gesso.training.stage import Stage, TrainingConfig
-from gesso.training.step import Row
+from gesso.training.step import Row, mixed_precision
 from gesso.training.timing import RowMeter
 from gesso.training.watchdog import Watchdog
 from gesso.training.worst_case import Pair, largest_shape, rehearse, worst_batch
@@ -265,7 +265,8 @@ class Session:
         part = worst_batch(example, shape, example[0].images.shape[0] // stage.config.accumulate)
         there = to_device(part[0], self.device), to_device(part[1], self.device)
         held = held_bytes(stage.module, stage.optimizer, stage.ema)
-        plan = save_memory(stage.module, parse_memory(stage.config.memory), *there, fixed_bytes=held)
+        with mixed_precision(stage):
+            plan = save_memory(stage.module, parse_memory(stage.config.memory), *there, fixed_bytes=held)
         if plan.segments:
             logger.info(plan.describe())
 

@@ -24,14 +24,13 @@ from gesso.data.transforms import InputConfig, KeepRatio, Shape
 from gesso.errors import ConfigError, GessoError
 from gesso.log import get_logger
 from gesso.structures import ImageBatch, Targets, map_tensors, to_device
+from gesso.training.activations import is_lack_of_memory
 from gesso.training.stage import Stage, peak_memory
 from gesso.training.step import train_step
 
 log = get_logger(__name__)
 
 Pair = tuple[ImageBatch, Targets]
-_LACK_OF_MEMORY = ("you tried to allocate", "out of memory", "ALLOC_FAILED", "could not create a primitive")
-"""Of torch on a CPU, of CUDA, of its libraries, and of oneDNN, which has one message for all."""
 _RELATIVE_SIDES = (0.5, 1.0, 2.0, 4.0)
 
 
@@ -175,7 +174,7 @@ def _attempt(stage: Stage, example: Pair, shape: Shape, count: int) -> Rehearsal
             memory_gib=peak_memory(stage.device),
         )
     except (RuntimeError, MemoryError) as error:
-        if not _is_lack_of_memory(error):
+        if not is_lack_of_memory(error):
             raise
     finally:
         if cuda:
@@ -223,12 +222,6 @@ def _make_state(optimizer: torch.optim.Optimizer, alive: Tensor) -> None:
     optimizer.found_inf = 1.0 - alive  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-def _is_lack_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in str(error) for words in _LACK_OF_MEMORY
-    )
 
 
 def _most_pictures(stage: Stage, example: Pair, shape: Shape, share: int) -> int:
