@@ -42,6 +42,7 @@ from gesso.recipes.small import scratch_stage, small_detector
 from gesso.reports.html import Plot, Plots, Report, Table, Text, write_report
 from gesso.reports.plots import Series, line_plot
 from gesso.run.config import DataConfig, RunConfig
+from gesso.run.folder import RunFolder
 from gesso.run.train import train
 from gesso.training.optimizer import SGD
 from gesso.training.schedule import ScheduleConfig
@@ -185,7 +186,7 @@ def run(config: RunConfig, folder: Path) -> dict[str, Any]:
         scores = train(config, folder, init=folder.with_name("first")).scores or {}
     except TrainingError as error:
         return {"AP": None, "AP50": None, "AP75": None, "loss": None, "error": error.what[:120]}
-    losses = [row["loss"] for row in map(json.loads, (folder / "metrics.jsonl").open()) if "loss" in row]
+    losses = distributed.from_main(lambda: [row["loss"] for row in RunFolder.open(folder).rows() if "loss" in row])
     found: dict[str, Any] = {name: round(scores[name], 4) for name in SCORES}
     return found | {"loss": round(losses[-1], 4), "seconds": round(time.perf_counter() - began, 1)}
 
