@@ -45,6 +45,8 @@ _LOST = (
 """What gloo and torch's store (first line) and NCCL say where another process is gone or does not come."""
 LAUNCHER_LOG = "torch.distributed.elastic"
 """The logger of torchrun."""
+MARGIN = 60.0
+"""Seconds by which torch's own time-out comes after the watchdog's, which says more."""
 EVERY = 0
 """The group of all processes."""
 
@@ -77,6 +79,7 @@ class _Processes:
     handles: list[dist.ProcessGroup | None] = field(default_factory=lambda: [None])
     by_size: dict[int, int] = field(default_factory=dict)
     alone: bool = False
+    limit: timedelta | None = None
 
 
 traffic = Traffic()
@@ -134,7 +137,7 @@ def initialise(device: torch.device | None = None, *, timeout_seconds: float = 6
 
     Args:
         device: of this process; on a GPU its tensors go through NCCL. None = the CPU.
-        timeout_seconds: of the watchdog; a collective fails a minute later, so that the watchdog speaks first.
+        timeout_seconds: of the watchdog; a collective fails ``MARGIN`` seconds later.
 
     Raises:
         ProcessLost: not all processes arrive in that time.
@@ -144,13 +147,13 @@ def initialise(device: torch.device | None = None, *, timeout_seconds: float = 6
     cuda = device is not None and device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-    limit = timedelta(seconds=timeout_seconds + 60)
+    limit = _processes.limit = timedelta(seconds=timeout_seconds + MARGIN)
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit, **_meeting(limit))
     except RuntimeError as error:
         if not lost(error):
             raise
-        what = f"the {announced_world_size()} processes of this run did not all arrive in {timeout_seconds:.0f} s"
+        what = f"the {announced_world_size()} processes of this run did not all arrive in {limit.seconds} s"
         raise ProcessLost(what, remedy="Start all of them again, or let the launcher do it.") from error
     return True
 
@@ -169,6 +172,11 @@ def _meeting(limit: timedelta) -> dict[str, Any]:
 def lost(error: BaseException) -> bool:
     """Whether an exception of torch says that another process is gone, or did not come to a collective in time."""
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _LOST)
+
+
+def is_left_to_end() -> bool:
+    """Whether a process in which something failed has to end without leaving its groups: NCCL would wait for others."""
+    return dist.is_initialized() and "nccl" in dist.get_backend()
 
 
 def shutdown() -> None:
@@ -234,7 +242,7 @@ def group(size: int) -> int:
         for start in range(0, world_size(), size):
             ranks = order[start : start + size]
             with waiting("making of groups"):
-                made = dist.new_group(ranks)
+                made = dist.new_group(ranks, timeout=_processes.limit)
             if isinstance(made, dist.ProcessGroup):  # a number stands for a group of others
                 _processes.handles.append(made)
                 _processes.by_size[size] = len(_processes.handles) - 1

@@ -53,14 +53,18 @@ def joined(config: RunConfig, asked: Callable[[], bool]) -> Iterator[None]:
 
     Where they stop because one of them was ``asked`` to, a torchrun that does not know of it is told.
     """
-    distributed.initialise(distributed.choose_device(config.device), timeout_seconds=config.timeout_seconds)
+    began = distributed.initialise(distributed.choose_device(config.device), timeout_seconds=config.timeout_seconds)
     try:
         yield
     except Interrupted:
         tell_of_stop(asked())
         raise
+    except BaseException:
+        began = began and not distributed.is_left_to_end()
+        raise
     finally:
-        distributed.shutdown()
+        if began:
+            distributed.shutdown()
 
 
 def tell_of_stop(asked: bool) -> None:
@@ -98,6 +102,7 @@ def start(gpus: int, words: Sequence[str]) -> Result:
     It is what ``torchrun --standalone`` does. Where one process fails, the others get SIGTERM.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // gpus)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")  # an evaluation comes before its checkpoint
     torchs = logging.getLogger(distributed.LAUNCHER_LOG)  # would tell of every mistake once more
     torchs.propagate = False
     torchs.addHandler(logging.NullHandler())

@@ -10,7 +10,7 @@ import tyro
 from gesso import config as configs
 from gesso import distributed
 from gesso.commands.parsing import Result, parse, table
-from gesso.commands.recipes import option_names
+from gesso.commands.recipes import option_names, steps_before_epochs
 from gesso.errors import ConfigError
 from gesso.planning import published
 from gesso.planning.bench import Bench, Link, bench
@@ -125,7 +125,7 @@ def _parse_scaling(words: list[str]) -> tuple[ScalingOptions, RunConfig | None, 
     if not words or words[0].startswith("-"):
         return parse(ScalingOptions, words, "plan scaling"), None, ""
     name = words[0]
-    start = ScalingArguments(config=make_config(name))
+    start = ScalingArguments(config=steps_before_epochs(make_config(name), words[1:]))
     known = option_names(start.config)
     given = parse(ScalingArguments, words[1:], f"plan scaling {name}", default=start, known=known)
     return given, given.config, name

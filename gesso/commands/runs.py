@@ -14,7 +14,7 @@ from gesso.commands.interruption import command_line, graceful_stop
 from gesso.commands.launching import check_gpus, joined, start, starts_others, told_once
 from gesso.commands.observing import ProgressObserver, job_progress, run_stages
 from gesso.commands.parsing import Result, option_value, parse, scores_text
-from gesso.commands.recipes import option_names, recipe_name
+from gesso.commands.recipes import option_names, recipe_name, steps_before_epochs
 from gesso.data.decode import read_picture
 from gesso.data.index import Index
 from gesso.errors import ConfigError
@@ -88,7 +88,7 @@ def _train_arguments(words: list[str]) -> tuple[str, TrainArguments]:
     """The recipe's name, and all options."""
     name, rest = recipe_name(words, "train")
     recipe = make_config(name)
-    start = TrainArguments(config=_stored(rest, name) or recipe)
+    start = TrainArguments(config=steps_before_epochs(_stored(rest, name) or recipe, rest))
     given = parse(TrainArguments, rest, f"train {name}", default=start, known=option_names(start.config))
     if given.out is None:
         raise ConfigError("the run's folder is not named", remedy="Add --out RUN.")

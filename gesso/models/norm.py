@@ -78,7 +78,9 @@ class PolicyBatchNorm2d(nn.BatchNorm2d):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, source: nn.BatchNorm2d, policy: NormPolicy, group: int | None = None) -> None:
+    def __init__(
+        self, source: nn.BatchNorm2d, policy: NormPolicy, group: int | None = None, pictures: int | None = None
+    ) -> None:
         super().__init__(source.num_features, eps=source.eps, momentum=source.momentum)
         self.weight, self.bias = source.weight, source.bias
         for name, buffer in source.named_buffers(recurse=False):
@@ -86,17 +88,20 @@ class PolicyBatchNorm2d(nn.BatchNorm2d):
         self.drop = getattr(source, "drop", nn.Identity())
         self.act = getattr(source, "act", nn.Identity())
         self.trained = source.weight.requires_grad
-        self.set_policy(policy, group)
+        self.set_policy(policy, group, pictures)
 
-    def set_policy(self, policy: NormPolicy, group: int | None = None) -> None:
+    def set_policy(self, policy: NormPolicy, group: int | None = None, pictures: int | None = None) -> None:
         """Follows ``policy`` from now on. Weights that were frozen before any policy stay frozen.
 
         Args:
             policy: what to do.
             group: the handle of the processes (``distributed.group``) whose pictures together make a group of the
                 policy; None = each process has its own groups.
+            pictures: of this process in one forward pass; an input that has several rows a picture, as in a head on
+                regions, is grouped by pictures. None = a row is a picture.
         """
         self.policy, self.group = policy, group
+        self.groups = None if pictures is None or policy.images is None else max(pictures // policy.images, 1)
         for parameter in (self.weight, self.bias):
             parameter.requires_grad_(self.trained and policy.kind != "fixed")
 
@@ -107,10 +112,12 @@ class PolicyBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises (B, C, H, W); the dtype and the shape stay."""
-        images = self.policy.images
+        images, B = self.policy.images, input.shape[0]
+        if images is not None and self.groups is not None and B % self.groups == 0:
+            images = B // self.groups
         if self.training and self.group is not None:
             out = self._forward_synced(input, self.group)
-        elif self.training and images is not None and images != input.shape[0]:
+        elif self.training and images is not None and images != B:
             out = self._forward_grouped(input, images)
         elif self.training and _running.held:
             out = F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
@@ -133,7 +140,7 @@ class PolicyBatchNorm2d(nn.BatchNorm2d):
         )
 
     def _forward_grouped(self, input: Tensor, images: int) -> Tensor:
-        """Statistics over each run of ``images`` pictures; the running statistics move by the groups' mean."""
+        """Statistics over each run of ``images`` rows; the running statistics move by the groups' mean."""
         B, C, H, W = input.shape
         if B % images:
             raise ConfigError(
@@ -192,7 +199,7 @@ def apply_norm_policy(module: nn.Module, policy: NormPolicy, *, pictures: int | 
         )
     group = _group(policy, pictures)
     for parent, name, child in found:
-        setattr(parent, name, _follow(child, policy, group).train(parent.training))
+        setattr(parent, name, _follow(child, policy, group, pictures).train(parent.training))
     return len(found)
 
 
@@ -233,12 +240,12 @@ def _group(policy: NormPolicy, pictures: int | None) -> int | None:
     return distributed.group(policy.images // pictures) if policy.images > pictures else None
 
 
-def _follow(norm: nn.BatchNorm2d, policy: NormPolicy, group: int | None) -> nn.Module:
+def _follow(norm: nn.BatchNorm2d, policy: NormPolicy, group: int | None, pictures: int | None) -> nn.Module:
     if policy.kind == "group_norm":
         return _group_norm(norm)
     if not isinstance(norm, PolicyBatchNorm2d):
-        return PolicyBatchNorm2d(norm, policy, group)
-    norm.set_policy(policy, group)
+        return PolicyBatchNorm2d(norm, policy, group, pictures)
+    norm.set_policy(policy, group, pictures)
     return norm
 
 

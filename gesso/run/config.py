@@ -65,7 +65,8 @@ class RunConfig:
     training: TrainingConfig
     """The (last) stage."""
     timeout_seconds: float = 600.0
-    """How long a process waits for another one before it says so and ends, with several processes."""
+    """How long a process waits for another one before it says so and ends, with several processes. Longer than process
+    0 takes for the scores of an evaluation."""
     tensorboard: bool = False
     """Also write TensorBoard files into the run folder (needs the extra 'tensorboard')."""
 

@@ -216,13 +216,16 @@ class TrainedDetector:
         finally:
             batches.close()
         found = gathered(own)
-        if len(batches.broken) > MAX_SHARE * len(index) + ALLOWANCE:
-            last = batches.broken[-1].error
-            raise DataError(
-                f"{len(batches.broken)} of {len(index)} pictures could not be read, the last one: {last.what}",
-                where=last.where,
+        broken = int(distributed.all_reduce_sum(torch.tensor(len(batches.broken)), name="broken pictures"))
+        if broken > MAX_SHARE * len(index) + ALLOWANCE:
+            last = batches.broken[-1].error if batches.broken else None
+            error = DataError(
+                f"{broken} of {len(index)} pictures could not be read"
+                + ("" if last is None else f", the last one: {last.what}"),
+                where=index.path if last is None else last.where,
                 remedy="Mend or remove the broken files (gesso data check lists them).",
             )
+            raise distributed.told_by_main(error)
         return found
 
     def evaluate(

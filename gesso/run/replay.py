@@ -127,7 +127,7 @@ def replay(path: Path, *, device: str = "auto") -> Replay:
     rows = torch.arange(pictures).view(failure.world_size, stage.accumulate, -1)
     runs = rows.transpose(0, 1).reshape(stage.accumulate, -1) if together else rows.flatten(0, 1)
     detector = _detector(folder, config, failure, path, pictures=runs.shape[1]).to(place)
-    torch.manual_seed(fold(failure.seed, failure.stage_step - 1, 0))  # as the step did: drop path of one process
+    _seed(failure)
     try:
         passes = _repeat(detector, failure, list(runs), stage)
         bad = next((p for p in passes if not math.isfinite(p.loss) or p.backward), None)
@@ -201,6 +201,11 @@ def _detector(folder: RunFolder, config: RunConfig, failure: Failure, path: Path
     return detector.train()
 
 
+def _seed(failure: Failure) -> None:
+    """As the step did: drop path of one process."""
+    torch.manual_seed(fold(failure.seed, failure.stage_step - 1, 0))
+
+
 def _repeat(detector: Detector, failure: Failure, runs: list[Tensor], stage: TrainingConfig) -> list[_Pass]:
     """Forward and backward passes over all runs of pictures; gradients add up in the parameters.
 
@@ -210,6 +215,7 @@ def _repeat(detector: Detector, failure: Failure, runs: list[Tensor], stage: Tra
     if len(runs) > 1:  # no mean is one of means
         with torch.no_grad(), statistics_held():
             counts = torch.stack([_losses(detector, failure, rows, stage).counts for rows in runs]).sum(0)
+        _seed(failure)
     return [_pass(detector, failure, rows, stage, counts) for rows in runs]
 
 

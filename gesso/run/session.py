@@ -38,7 +38,7 @@ from gesso.training import checkpoint as checkpoints
 from gesso.training.checkpoint import Checkpoint
 from gesso.training.ema import EMA, swapped
 from gesso.training.loop import Batches, Callbacks, run_stage
-from gesso.training.memory import held_bytes, parse_memory, save_memory
+from gesso.training.memory import Plan, apply_memory, held_bytes, parse_memory, save_memory
 from gesso.training.optimizer import build_optimizer
 from gesso.training.precise_bn import precise_statistics
 from gesso.training.schedule import describe_rule
@@ -74,14 +74,16 @@ class RunResult:
 class Session:
     """One process's work on a run, from its newest checkpoint to its end."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, observer: Observer, how_to_resume: str) -> None:
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, observer: Observer, how_to_resume: str, watchdog: Watchdog
+    ) -> None:
         self.config, self.folder, self.observer, self.how_to_resume = config, folder, observer, how_to_resume
         self.device = distributed.choose_device(config.device)
         distributed.from_main(lambda: self._open_data() and None)  # which makes the embedded data set, once
         self.train_index, self.val_index = self._open_data()
         self.space = self.train_index.label_space
         distributed.from_main(lambda: folder.keep_label_space(self.space))
-        self.watchdog = Watchdog(config.timeout_seconds)
+        self.watchdog = watchdog
         self.base = 0  # steps of the stages before the one at hand
         self.saver = Saver(folder, configs.digest(config))
         self.meter = RowMeter()  # of the stage at hand, and so are
@@ -260,15 +262,18 @@ class Session:
 
     def _save_memory(self, stage: Stage, example: Pair, shape: Shape) -> None:
         """Chooses what is computed twice, by a measured forward pass of the largest part of a step."""
+        memory = parse_memory(stage.config.memory)
         if not isinstance(stage.module, Detector):
+            return
+        if memory.kind == "none":
+            apply_memory(stage.module, Plan(memory=memory))
             return
         part = worst_batch(example, shape, example[0].images.shape[0] // stage.config.accumulate)
         there = to_device(part[0], self.device), to_device(part[1], self.device)
         held = held_bytes(stage.module, stage.optimizer, stage.ema)
         with mixed_precision(stage):
-            plan = save_memory(stage.module, parse_memory(stage.config.memory), *there, fixed_bytes=held)
-        if plan.segments:
-            logger.info(plan.describe())
+            plan = save_memory(stage.module, memory, *there, fixed_bytes=held)
+        logger.info(plan.describe())
 
     def _row(self, name: str, step: int, row: Row) -> None:
         if not distributed.is_main():
@@ -290,7 +295,7 @@ class Session:
         """Takes the statistics of batch norm anew, over the samples that would come next."""
         logger.info("taking the statistics of batch norm anew over %d pictures", stage.config.precise_bn)
         self.precise = precise_statistics(stage, batches)
-        if not self.precise:
+        if not self.precise and distributed.is_main():
             kind = stage.config.norm.kind
             logger.warning("precise_bn changes nothing: no batch norm takes statistics with norm.kind %s", kind)
 
@@ -300,6 +305,9 @@ class Session:
 
     def _evaluate(self, name: str, stage: Stage, batches: TrainingBatches, *, final: bool) -> None:
         at_end = stage.step == stage.config.steps
+        # Running statistics of single processes, or of groups of them: those of process 0 are saved, so they count.
+        averages = {} if stage.ema is None else stage.ema.average
+        distributed.same_everywhere([*stage.module.buffers(), *averages.values()])
         if at_end and stage.config.precise_bn:
             self._take_statistics(stage, batches)
         if self.val_index is None or (at_end and not final and stage.step % stage.config.evaluate_every):

@@ -13,7 +13,7 @@ import torch
 import gesso
 from gesso import config as configs
 from gesso import distributed, log
-from gesso.errors import ConfigError
+from gesso.errors import ConfigError, Interrupted
 from gesso.launch import is_restart, launch_id
 from gesso.run.config import Changes, RunConfig, check_processes, check_same, read_run_config, with_absolute_paths
 from gesso.run.data import check_data
@@ -22,6 +22,7 @@ from gesso.run.folder import RunFolder
 from gesso.run.observer import Observer
 from gesso.run.session import RunResult, Session
 from gesso.training.checkpoint import newest_checkpoint
+from gesso.training.watchdog import Watchdog
 
 logger = log.get_logger(__name__)
 
@@ -89,11 +90,17 @@ def train(
     device = distributed.choose_device(config.device)
     began = distributed.initialise(device, timeout_seconds=config.timeout_seconds)
     try:
-        processes = distributed.world_size()
-        run = distributed.from_main(
-            lambda: _begin(config, out, processes, recipe=recipe, resume=resume, init=init, allowed=allow_changed)
-        )
-        return _hold(run, observer or Observer(), how_to_resume)
+        with Watchdog(config.timeout_seconds) as watchdog:
+            processes = distributed.world_size()
+            run = distributed.from_main(
+                lambda: _begin(config, out, processes, recipe=recipe, resume=resume, init=init, allowed=allow_changed)
+            )
+            return _hold(run, observer or Observer(), how_to_resume, watchdog)
+    except Interrupted:
+        raise
+    except BaseException:
+        began = began and not distributed.is_left_to_end()
+        raise
     finally:
         if began:
             distributed.shutdown()
@@ -156,7 +163,7 @@ def _begin(
     return run
 
 
-def _hold(run: _Begun, observer: Observer, how_to_resume: str) -> RunResult:
+def _hold(run: _Begun, observer: Observer, how_to_resume: str, watchdog: Watchdog) -> RunResult:
     """Works on the run while process 0 holds its lock and keeps its log."""
     folder = run.folder
     with contextlib.ExitStack() as stack:
@@ -169,14 +176,14 @@ def _hold(run: _Begun, observer: Observer, how_to_resume: str) -> RunResult:
                 _keep_launch(folder)
             if run.changes:
                 observer = _AfterFirstStep(observer, lambda: _keep_changes(run))
-        return _work(run, observer, how_to_resume)
+        return _work(run, observer, how_to_resume, watchdog)
 
 
-def _work(run: _Begun, observer: Observer, how_to_resume: str) -> RunResult:
+def _work(run: _Begun, observer: Observer, how_to_resume: str, watchdog: Watchdog) -> RunResult:
     """Trains; a run that fails before its first step leaves no folder, unless it was resumed."""
     folder = run.folder
     try:
-        with contextlib.closing(Session(run.config, folder, observer, how_to_resume)) as session, session.watchdog:
+        with contextlib.closing(Session(run.config, folder, observer, how_to_resume, watchdog)) as session:
             return session.run(folder.first_weights())
     except Exception:
         if (run.restarted or not run.goes_on) and distributed.is_main() and not folder.began():

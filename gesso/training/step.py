@@ -64,8 +64,7 @@ def train_step(
         marks: gets the borders of the step's phases.
     """
     config, marks = stage.config, marks or Marks(stage.device)
-    # For dropout and drop path of libraries; everything else hashes the samples' keys.
-    torch.manual_seed(fold(stage.seed, stage.step, distributed.rank()))
+    _seed(stage)
     set_rate(stage.optimizer, rate_factor(config.schedule, stage.step, config.steps, config.batch_size))
     stage.module.train()
     stage.optimizer.zero_grad(set_to_none=True)  # before the forward pass, whose activations need the room
@@ -74,7 +73,7 @@ def train_step(
     marks.mark("optimizer")
     names, values, finite = _gradients(stage, batch, targets, marks)
     norm = _clip(stage.optimizer, config.clip_norm)
-    told = torch.stack([*values, values.new_tensor(float(stopping)), finite & torch.isfinite(norm)])
+    told = torch.stack([*values, values.new_full((), float(stopping)), finite & torch.isfinite(norm)])
     marks.mark("optimizer")
     told = distributed.all_reduce_sum(told.detach(), name="numbers of the step")
     marks.mark("communication")
@@ -99,7 +98,10 @@ def _gradients(
         whether the loss is finite, a 0-dim bool.
     """
     parts = parts_of((batch, targets), stage.config.accumulate)
-    counts = _counts(stage, parts) if len(parts) > 1 else None
+    counts = None
+    if len(parts) > 1:
+        counts = _counts(stage, parts)
+        _seed(stage)  # what is dropped in the count is dropped in the passes
     world = distributed.world_size()
     shares: list[Tensor] = []
     for number, part in enumerate(parts, 1):
@@ -117,6 +119,11 @@ def _gradients(
         shares.append(torch.stack([total, *found.losses.values(), *ratios]).detach())
     values = torch.stack(shares).sum(0)
     return ("loss", *found.losses, *found.ratios), values, torch.isfinite(values[0])
+
+
+def _seed(stage: Stage) -> None:
+    """For dropout and drop path of libraries; everything else hashes the samples' keys."""
+    torch.manual_seed(fold(stage.seed, stage.step, distributed.rank()))
 
 
 def parts_of(whole: Part, count: int) -> list[Part]:

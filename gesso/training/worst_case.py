@@ -88,7 +88,7 @@ def rehearse(stage: Stage, example: Pair, shape: Shape, *, name: str, begun: boo
     else:
         log.info("%s do not fit in memory; looking for what does", _words(share, shape, objects))
         most = _most_pictures(stage, example, shape, share)
-        raise _refusal(stage, share, most, shape, objects, name, begun)
+        raise distributed.told_by_main(_refusal(stage, share, most, shape, objects, name, begun))
     log.info(
         "the largest step (%s) takes %.1f s%s and %.2f GiB",
         _words(share, shape, objects),

@@ -3,6 +3,7 @@ import contextlib
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
@@ -253,3 +254,13 @@ def test_a_layer_repeats_its_source_in_float64_and_bfloat16():
             PolicyBatchNorm2d(nn.BatchNorm2d(3), NormPolicy())(torch.randn(2, 3, 2, 2).bfloat16()).dtype
             == torch.bfloat16
         )
+
+
+def test_a_head_on_regions_is_grouped_by_pictures():
+    """Two pictures of 8 regions: a group of two pictures is all 16 rows, a group of one is the 8 of a picture."""
+    rows = torch.randn(16, 6, 3, 3)
+    for images, groups in ((2, 1), (1, 2)):
+        head = nn.Sequential(nn.BatchNorm2d(6))
+        apply_norm_policy(head, NormPolicy(kind="train", images=images), pictures=2)
+        expected = torch.cat([F.batch_norm(part, None, None, training=True) for part in rows.chunk(groups)])
+        torch.testing.assert_close(head.train()(rows), expected)
