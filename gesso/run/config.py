@@ -70,6 +70,10 @@ class RunConfig:
     tensorboard: bool = False
     """Also write TensorBoard files into the run folder (needs the extra 'tensorboard')."""
 
+    def __post_init__(self) -> None:
+        if not self.timeout_seconds > 0:
+            raise ConfigError(f"timeout_seconds must be above 0, found {self.timeout_seconds}")
+
     def stages(self) -> list[tuple[str, TrainingConfig]]:
         """The stages in order, by the name of their key."""
         first = [] if self.pretraining is None else [("pretraining", self.pretraining)]

@@ -21,6 +21,8 @@ from gesso import files
 from gesso.errors import DataError, InputError, RunError
 from gesso.label_space import LabelSpace
 
+_HELD: set[TextIO] = set()
+"""The locks of this process."""
 _UNBORN = re.compile(r"\.config\.json\.\d+\.tmp")
 
 
@@ -126,7 +128,11 @@ class RunFolder:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
             lock.flush()
-            yield
+            _HELD.add(lock)
+            try:
+                yield
+            finally:
+                _HELD.discard(lock)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds one row to metrics.jsonl. A full disk is an InputError; the rows before stay as they are."""
@@ -178,6 +184,15 @@ class RunFolder:
         for entry in sorted(self.detections.glob("*")) if self.detections.exists() else []:
             if entry.suffix != ".stale" and entry.stem.isdigit() and int(entry.stem) > step:
                 entry.replace(_free_name(entry))
+
+
+def _let_go() -> None:
+    """Closes the locks in a forked process, so that no loader holds one longer than the process that trains."""
+    for lock in _HELD:
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _taken(lock: TextIO) -> bool:

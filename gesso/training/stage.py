@@ -129,12 +129,22 @@ class Stage:
 
     @functools.cached_property
     def parallel(self) -> nn.Module:
-        """The same, whose gradients are added over all processes."""
+        """The same, whose gradients are added over all processes, which make it together.
+
+        Made before the first forward pass, also one ``alone``: a graph that was compiled without it is not divided into
+        buckets, and all its gradients come at the end.
+        """
         return distributed.data_parallel(self.compiled)
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether a backward pass adds nothing over processes at the moment although ``parallel`` is there."""
+        return distributed.world_size() == 1 and "parallel" in vars(self)
 
     def losses(self, batch: ImageBatch, targets: Targets, counts: Tensor | None = None) -> BatchLosses:
         """The forward pass; ``counts`` of the global batch, where it is known already. See ``Detector.forward``."""
-        run = self.parallel if distributed.world_size() > 1 and torch.is_grad_enabled() else self.compiled
+        several = distributed.world_size() > 1 or self.holds_gradients
+        run = self.parallel if several and torch.is_grad_enabled() else self.compiled
         if isinstance(self.module, Detector):
             found: BatchLosses = run(batch, targets, counts=counts, counted=True)
             return found

@@ -80,6 +80,7 @@ def rehearse(stage: Stage, example: Pair, shape: Shape, *, name: str, begun: boo
     share, objects = example[1].valid.shape
     if stage.compiles:
         log.info("compiling the largest step, %s", _words(share, shape, objects))
+    _ = stage.parallel  # all processes make it together
     done = _attempt(stage, example, shape, share)
     if distributed.all_agree(done is not None):
         assert done is not None
