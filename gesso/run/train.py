@@ -154,7 +154,8 @@ def _begin(
     allowed: Sequence[str],
 ) -> _Begun:
     """The folder of the run, made anew, or that of the same run."""
-    restarted = (out / "config.json").is_file() and is_restart(RunFolder.open(out).read_config().get("launch"))
+    begun = launch_id() is not None and (out / "config.json").is_file()
+    restarted = begun and is_restart(RunFolder.open(out).read_config().get("launch"))
     run = _checked(prepared(config), out, processes, resume=resume or restarted, init=init, allowed=allowed)
     if run.goes_on:
         return dataclasses.replace(run, restarted=restarted)

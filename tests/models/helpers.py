@@ -220,6 +220,7 @@ class Watch(TorchDispatchMode):
     """
 
     OPAQUE = (
+        "gesso::global_sum",  # in one process a copy, in several one collective
         "mkldnn::_linear_pointwise",
         "gesso::batched_nms",
         "gesso::roi_align",

@@ -62,7 +62,10 @@ def test_it_is_done_once_a_stage_and_at_a_resume(data, tmp_path, monkeypatch):
 
 def test_what_does_not_fit_leaves_no_folder(data, tmp_path, monkeypatch):
     tried = scarce(monkeypatch, 3)
-    with pytest.raises(ConfigError, match=r"4 pictures of 64 x 64 .*; 3 do\. Set --training\.batch-size 3\."):
+    with pytest.raises(
+        ConfigError,
+        match=r"4 pictures of 64 x 64 .*; 3 do\. Set --training\.batch-size 3, or --training\.accumulate 2,",
+    ):
         train(tiny_run(data, **SHORT), tmp_path / "r")
     assert tried == [4, 2, 3] and not (tmp_path / "r").exists()
     train(tiny_run(data, **SHORT | {"batch_size": 3}), tmp_path / "r")
