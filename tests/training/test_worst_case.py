@@ -353,7 +353,7 @@ try:
     rehearse(stage, example, (512, 512), name="training")
 except ConfigError as error:
     print(error)
-    most = int(str(error).split("batch-size ")[1].rstrip("."))
+    most = int(str(error).split("batch-size ")[1].split(",")[0])
     assert train_step(stage, *worst_batch(example, (512, 512), max(most // 2, 1))).read()[1]
     print("trained")
 """
