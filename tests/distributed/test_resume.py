@@ -113,7 +113,7 @@ def _train(config, out, said, place, resume, slow):
     torch.set_num_threads(1)
     if slow:
         fsync = os.fsync
-        os.fsync = lambda descriptor: (time.sleep(0.05), fsync(descriptor))
+        os.fsync = lambda descriptor: (time.sleep(1.0), fsync(descriptor))
     try:
         train(config, out, resume=resume)
     except GessoError as error:
@@ -160,7 +160,7 @@ def test_killed_at_random_moments_bit_for_bit(data, straight, tmp_path, seed, wo
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_killed_within_the_writing_of_a_checkpoint(data, straight, tmp_path, seed, world):
-    """Flushing is slowed down, so that the kill cannot miss it."""
+    """Flushing takes seconds, much longer than the processes are killed after one another: the kill cannot miss it."""
     config, out, chance = tiny_run(data, **SHORT), tmp_path / "r", random.Random(seed)
     for _ in range(2):
         before = half_written(out)
