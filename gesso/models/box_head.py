@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gesso.errors import ConfigError
+from gesso.models.class_rows import ClassRows
 from gesso.models.layers import Norm, RegionLinear, conv_block
 from gesso.models.losses import (
     BoxLossConfig,
@@ -83,6 +84,19 @@ class RegionHead(nn.Module):
         self.config = config
         self.num_scores = num_classes + (config.classifier == "softmax")
         self.num_boxes = 1 if config.class_agnostic else num_classes
+
+    def class_rows(self) -> dict[str, ClassRows]:
+        """Its tensors with rows for each class; see ``class_rows``."""
+        return {
+            f"{layer}.{kind}": rows for layer, rows in self._layers_of_classes().items() for kind in ("weight", "bias")
+        }
+
+    def _layers_of_classes(self, before: int = 1) -> dict[str, ClassRows]:
+        """The layers whose outputs are those of classes, in ``before`` blocks."""
+        layers = {"classes": ClassRows(background=self.config.classifier == "softmax", before=before)}
+        if not self.config.class_agnostic:
+            layers["boxes"] = ClassRows(before=before, after=4)
+        return layers
 
     def scores(self, predictions: RegionPredictions) -> Tensor:
         """(B, R, C) in [0, 1], the probability of each class."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gesso.errors import ConfigError
+from gesso.models.class_rows import ClassRows
 from gesso.models.layers import Norm, conv_block
 from gesso.models.losses import LossTerm
 from gesso.models.roi import RoIPoolConfig, RoIPooler, RoISample
@@ -58,7 +59,7 @@ class MaskHead(nn.Module):
 
     def __init__(self, config: MaskHeadConfig, *, channels: int, num_classes: int) -> None:
         super().__init__()
-        width = config.width
+        width, self.class_agnostic = config.width, config.class_agnostic
         self.convs = nn.Sequential(
             *(conv_block(width if k else channels, width, 3, norm=config.norm, relu=True) for k in range(config.convs))
         )
@@ -67,6 +68,10 @@ class MaskHead(nn.Module):
         for layer in (self.deconv, self.masks):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def class_rows(self) -> dict[str, ClassRows]:
+        """Its tensors with a row for each class; see ``class_rows``."""
+        return {} if self.class_agnostic else {"masks.weight": ClassRows(), "masks.bias": ClassRows()}
 
     def forward(self, pooled: Tensor, labels: Tensor) -> Tensor:
         """Logits (K, T, T) of pooled features (K, channels, T / 2, T / 2), each for its class of ``labels`` (K,).

@@ -17,11 +17,13 @@ from gesso import boxes as geometry
 from gesso.errors import ConfigError
 from gesso.models.anchors import AnchorConfig, AnchorGenerator, centres_inside
 from gesso.models.backbone import BackboneConfig
-from gesso.models.detector import Detector, image_shape
+from gesso.models.class_rows import ClassRows
+from gesso.models.detector import Detector
 from gesso.models.fpn import FPNConfig
 from gesso.models.layers import Norm, conv_block
 from gesso.models.losses import BoxLossConfig, LossTerm, balance, each_box_loss, focal_loss
 from gesso.models.matching import match, take
+from gesso.models.model import image_shape
 from gesso.models.neck import NeckConfig
 from gesso.models.postprocess import PostprocessConfig, select_detections
 from gesso.models.rpn import has_extent
@@ -122,6 +124,11 @@ class RetinaHead(nn.Module):
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
         nn.init.constant_(self.classes.bias, -math.log((1 - config.prior) / config.prior))  # type: ignore[arg-type]
 
+    def class_rows(self) -> dict[str, ClassRows]:
+        """Its tensors with a row for each anchor of a cell and each class; see ``class_rows``."""
+        rows = ClassRows(before=self.classes.out_channels // self.num_classes)
+        return {"classes.weight": rows, "classes.bias": rows}
+
     def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Of each map (B, channels, h, w): logits (B, h w A, C) and deltas (B, h w A, 4), in the anchors' order."""
         logits = [self.classes(self.class_convs(level)).permute(0, 2, 3, 1) for level in maps]
@@ -209,7 +216,7 @@ class RetinaNet(Detector):
         return LossTerm(sums.sum(), counts.sum())
 
     @torch.no_grad()
-    def detect(self, maps: Mapping[str, Tensor], batch: ImageBatch) -> Detections:
+    def infer(self, maps: Mapping[str, Tensor], batch: ImageBatch) -> Detections:
         """The best (anchor, class) pairs of each level before decoding, NMS within a class, the best of all."""
         c, C = self.config, self.num_classes
         found = self.predictions(maps, batch)

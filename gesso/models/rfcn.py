@@ -17,6 +17,7 @@ from gesso.errors import ConfigError
 from gesso.models.anchors import AnchorConfig
 from gesso.models.backbone import BackboneConfig
 from gesso.models.box_head import BoxHeadConfig, RegionHead, RegionPredictions
+from gesso.models.class_rows import ClassRows
 from gesso.models.losses import BoxLossConfig, LossTerm, each_class_loss
 from gesso.models.ops.linear import Linear
 from gesso.models.ops.roi_align import multilevel_roi_align
@@ -104,11 +105,15 @@ class RFCNConfig:
 class PositionSensitiveHead(RegionHead):
     """Score maps and box maps; a region reads each of its S x S cells from maps of its own, and averages."""
 
-    def __init__(self, config: PositionSensitiveConfig, *, channels: int, num_classes: int, stride: float) -> None:
+    def __init__(
+        self, config: PositionSensitiveConfig, *, channels: int, num_classes: int | None, stride: float
+    ) -> None:
+        """``num_classes`` None is objectness: one score that is no category's."""
         shared = BoxHeadConfig(
             class_agnostic=config.class_agnostic, box_weights=config.box_weights, box_loss=config.box_loss
         )
-        super().__init__(shared, num_classes)
+        super().__init__(shared, 1 if num_classes is None else num_classes)
+        self.objectness = num_classes is None
         self.size, self.sampling_ratio, self.stride = config.size, config.sampling_ratio, stride
         cells = config.size * config.size
         self.classes = nn.Conv2d(channels, cells * self.num_scores, 1)
@@ -116,6 +121,9 @@ class PositionSensitiveHead(RegionHead):
         for layer in (self.classes, self.boxes):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def _layers_of_classes(self, before: int = 1) -> dict[str, ClassRows]:
+        return {} if self.objectness else super()._layers_of_classes(before * self.size * self.size)
 
     def forward(self, projected: Tensor, boxes: Tensor, image: Tensor | None = None) -> RegionPredictions:
         """Predictions for boxes (B, R, 4) on the map (B, channels, h, w); ``image`` as of ``RoIPooler``."""
@@ -148,6 +156,10 @@ class FineClassifier(nn.Module):
         self.fc = Linear(channels, config.width)
         self.classes = Linear(config.width, num_classes)
 
+    def class_rows(self) -> dict[str, ClassRows]:
+        """Its tensors with a row for each class; see ``class_rows``."""
+        return {"classes.weight": ClassRows(), "classes.bias": ClassRows()}
+
     def hidden(self, averaged: Tensor) -> Tensor:
         """The hidden layer (..., width) of averages (..., channels), after the ReLU."""
         return F.relu(self.fc(averaged))
@@ -178,7 +190,7 @@ class RFCN(TwoStageDetector):
         self.head = PositionSensitiveHead(
             config.head,
             channels=config.neck.width,
-            num_classes=num_classes if config.fine is None else 1,
+            num_classes=num_classes if config.fine is None else None,
             stride=self.strides["conv_proj"],
         )
         self.fine = (

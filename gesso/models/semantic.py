@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gesso import boxes as geometry
 from gesso.errors import ConfigError
+from gesso.models.class_rows import ClassRows
 from gesso.models.layers import conv_block
 from gesso.models.losses import LossTerm
 from gesso.structures import Targets
@@ -60,6 +61,10 @@ class SegmentationHead(nn.Module):
         self.classes = nn.Conv2d(channels, num_classes + 1, 1)
         nn.init.normal_(self.classes.weight, std=0.01)
         nn.init.zeros_(self.classes.bias)  # type: ignore[arg-type]
+
+    def class_rows(self) -> dict[str, ClassRows]:
+        """Its tensors with a row for each class; see ``class_rows``."""
+        return {"classes.weight": ClassRows(background=True), "classes.bias": ClassRows(background=True)}
 
     def forward(self, level: Tensor) -> Tensor:
         """Logits (B, C + 1, h, w) in the dtype of the weights of a map (B, channels, h, w); 0 = background."""

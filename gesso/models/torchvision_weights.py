@@ -24,7 +24,6 @@ from gesso.models.detector import Detector
 from gesso.models.faster_rcnn import FasterRCNNConfig
 from gesso.models.fpn import FPNConfig
 from gesso.models.retinanet import RetinaNetConfig
-from gesso.models.weights import load_weights
 
 _SHOWN = 3
 _COUNTER = "num_batches_tracked"
@@ -114,7 +113,7 @@ def from_torchvision_state(state: Mapping[str, Tensor], config: DetectorConfig) 
             f"the weights do not fit {_kind(config)} on {config.backbone.name}: {', '.join(wrong[:_SHOWN])}{more}",
             remedy="Take the configuration of their own module (read_config).",
         )
-    load_weights(detector, ours)
+    detector.load_state_dict(ours)
     return detector
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from gesso.errors import ConfigError, nearest
 from gesso.models.anchors import AnchorConfig, AnchorGenerator
 from gesso.models.backbone import BackboneConfig
-from gesso.models.detector import Detector, image_shape
+from gesso.models.detector import Detector
 from gesso.models.losses import LossTerm
+from gesso.models.model import image_shape
 from gesso.models.neck import NeckConfig
 from gesso.models.rpn import AnchorPredictions, Proposals, RegionProposalNetwork, RPNConfig
 from gesso.models.semantic import SegmentationConfig, SegmentationHead
@@ -55,7 +56,7 @@ class TwoStageDetector(Detector):
             terms |= self.segmentation.losses(logits, targets, image_shape(batch), batch.sizes)
         return terms
 
-    def detect(self, maps: Mapping[str, Tensor], batch: ImageBatch) -> Detections:
+    def infer(self, maps: Mapping[str, Tensor], batch: ImageBatch) -> Detections:
         """The detections of the second stage."""
         return self.detect_regions(maps, self.rpn.propose(self._first_stage(maps, batch), batch.sizes), batch)
 

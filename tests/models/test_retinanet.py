@@ -183,7 +183,7 @@ def slow_detections(found, sizes, candidates, detections, min_score, nms_iou):
 def test_detections_equal_a_slow_version(candidates, detections):
     config = PostprocessConfig(detections=detections, min_score=0.6, nms_iou=0.4)
     detector, batch, _, found = detector_and_predictions(candidates=candidates, postprocess=config)
-    got = detector.detect({}, batch)
+    got = detector.infer({}, batch)
     assert got.boxes.shape == (2, detections, 4)
     with torch.no_grad():
         expected = slow_detections(found, batch.sizes, candidates, detections, 0.6, 0.4)
