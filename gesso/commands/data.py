@@ -1,4 +1,4 @@
-"""``gesso data import | check | stats | split | export``. Imports no torch."""
+"""``gesso data import | check | stats | split | select | export``. Imports no torch."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,9 +13,13 @@ from gesso.data.check import CheckReport, check
 from gesso.data.export import export
 from gesso.data.importing import import_data
 from gesso.data.index import REPORT, Index
+from gesso.data.known_spaces import KNOWN, known_space
+from gesso.data.readers.detect import FormatChoice
 from gesso.data.select import split
+from gesso.data.selection import Selection, choose_classes, select
 from gesso.data.statistics import statistics
-from gesso.errors import ConfigError
+from gesso.errors import ConfigError, DataError, nearest
+from gesso.label_space import LabelSpace
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class ImportArguments:
     """A folder, or one annotation file."""
     out: Path
     """The index to make."""
-    format: Literal["auto", "coco", "voc", "yolo"] = "auto"
+    format: FormatChoice = "auto"
     """The format; auto looks."""
     split: str | None = None
     """Which split to take, where the source holds several."""
@@ -57,7 +61,8 @@ def import_(words: list[str]) -> Result:
             overwrite=given.overwrite,
             progress=count,
         )
-    lines = [f"{given.out}: {summary.images} images, {summary.boxes} boxes, {summary.categories} categories"]
+    more = "".join(f", {count} {what}" for what, count in (("labels", summary.labels), ("maps", summary.maps)) if count)
+    lines = [f"{given.out}: {summary.images} images, {summary.boxes} boxes{more}, {summary.categories} categories"]
     if summary.issues:
         cases = sorted(summary.issues.items(), key=lambda item: -item[1])
         reports = [str(Path(part.path) / REPORT) for part in summary.splits or (summary,) if part.issues]
@@ -73,7 +78,7 @@ class CheckArguments:
     """A data set or an index."""
     against: Path | None = None
     """Another split: pictures in both are found by their content."""
-    format: Literal["auto", "coco", "voc", "yolo"] = "auto"
+    format: FormatChoice = "auto"
     """The format; auto looks."""
     split: str | None = None
     """Which split to take, where the source holds several."""
@@ -204,6 +209,99 @@ def _share_or_number(name: str, value: float) -> float | int:
     if not value.is_integer():
         raise ConfigError(f"--{name} {value:g} is neither a share below 1 nor a number of images")
     return int(value)
+
+
+@dataclass(frozen=True)
+class SelectArguments:
+    """Makes a smaller index: some of the classes, some of the images. Pictures are not copied."""
+
+    index: Positional[Path]
+    """The index to take from."""
+    out: Path
+    """The index to make."""
+    classes: tuple[str, ...] = ()
+    """Keep these classes alone."""
+    without_classes: tuple[str, ...] = ()
+    """Drop these classes."""
+    only_classes_of: str | None = None
+    """Keep what counts as a class of coco, voc, objects365-v1, objects365-v2, or of another index."""
+    without_classes_of: str | None = None
+    """Drop what counts as a class of coco, voc, objects365-v1, objects365-v2, or of another index."""
+    broad: bool = False
+    """Near relatives count as well: SUV as car, pigeon as bird."""
+    keep_empty: bool = False
+    """Keep images that showed dropped classes alone, as negatives."""
+    fraction: float | None = None
+    """Draw this share of the images: 0.1 is every tenth, and a part of 0.2 with the same seed."""
+    images: int | None = None
+    """Draw this number of images."""
+    per_class: int | None = None
+    """Draw images until every class is shown by this number."""
+    seed: int = 0
+    """Another seed, another draw."""
+    rest: Path | None = None
+    """A second index, of the images that are not drawn."""
+    overwrite: bool = False
+    """Replace indexes that stand there."""
+    json: bool = False
+    """Print JSON."""
+
+
+def select_(words: list[str]) -> Result:
+    """``gesso data select``."""
+    given = parse(SelectArguments, words, "data select")
+    index = Index.open(given.index)
+    asked = (given.classes, given.without_classes, given.only_classes_of, given.without_classes_of, given.broad)
+    classes = None
+    if any(asked):
+        classes = choose_classes(
+            index.label_space,
+            only=given.classes,
+            without=given.without_classes,
+            only_of=_space_of(given.only_classes_of),
+            without_of=_space_of(given.without_classes_of),
+            broad=given.broad,
+        )
+    made = select(
+        index,
+        given.out,
+        classes=classes,
+        keep_empty=given.keep_empty,
+        fraction=given.fraction,
+        images=given.images,
+        per_class=given.per_class,
+        seed=given.seed,
+        rest=given.rest,
+        overwrite=given.overwrite,
+    )
+    return Result(_select_text(made, index, given.keep_empty), dataclasses.asdict(made) if given.json else None)
+
+
+def _space_of(word: str | None) -> LabelSpace | None:
+    """The label space that is known by a name, or that of an index."""
+    if word is None or word in KNOWN:
+        return None if word is None else known_space(word)
+    if not Path(word).exists():
+        remedy = nearest(word, KNOWN)
+        raise DataError(f"'{word}' is neither a label space that is known by name nor an index", remedy=remedy)
+    return Index.open(word).label_space
+
+
+def _select_text(made: Selection, index: Index, keep_empty: bool) -> str:
+    lines = [
+        f"{made.path}: {made.images} images of {len(index)}, {made.boxes} boxes of {index.num_boxes}, "
+        f"{len(made.kept)} categories of {len(index.label_space)}",
+        f"kept: {', '.join(made.kept)}",
+    ]
+    if made.dropped:
+        rows = [(one.name, one.images, one.boxes) for one in made.dropped]
+        lines.append(table(("dropped class", "images", "boxes"), rows))
+    if made.emptied:
+        fate = "kept as negatives" if keep_empty else "left out"
+        lines.append(f"{made.emptied} images that showed dropped classes alone: {fate}")
+    if made.not_drawn:
+        lines.append(f"{made.not_drawn} images not drawn" + (f": {made.rest}" if made.rest else ""))
+    return "\n".join([*lines, *made.notes])
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,21 @@ from gesso.data.records import (
 )
 
 
+def no_objects() -> ObjectBlock:
+    """A block without objects."""
+    return ObjectBlock(rows=np.zeros(0, np.int32), xyxy=np.zeros((0, 4), np.float32), labels=np.zeros(0, np.int32))
+
+
+def one_label_each(labels: Sequence[int] | Array) -> Verified:
+    """Image-level labels that say of each of N images which class it shows; ``labels`` are N integers."""
+    count = len(labels)
+    return Verified(
+        offsets=np.arange(count + 1, dtype=np.int64),
+        labels=np.asarray(labels, np.int32),
+        states=np.ones(count, np.int8),
+    )
+
+
 def take_objects(block: ObjectBlock, at: Array) -> ObjectBlock:
     """The objects at ``at`` (int64 positions)."""
     return dataclasses.replace(

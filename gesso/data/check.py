@@ -11,11 +11,14 @@ from typing import NamedTuple
 import numpy as np
 
 from gesso.data.duplicates import DISTANCE, fingerprints, group_near
-from gesso.data.importing import TURNED, Progress, import_data
+from gesso.data.importing import Progress, import_data
 from gesso.data.index import Index
+from gesso.data.joining import TURNED
+from gesso.data.maps import look_through_index
 from gesso.data.pictures import read_headers
 from gesso.data.records import Array
-from gesso.data.statistics import Statistics, statistics
+from gesso.data.semantic import VOID
+from gesso.data.statistics import Statistics, images_with_labels, images_with_maps, statistics
 from gesso.label_space import LabelSpace
 
 EXAMPLES = 5
@@ -94,7 +97,7 @@ def check(
     Args:
         source: a folder or annotation file, or an index (or its folder).
         against: another split, in either form.
-        format: of sources: auto, coco, voc or yolo.
+        format: of sources: auto or one of ``readers.detect.Format``.
         split: the one split of ``source`` to check; None = all that it holds.
         images_root: where the pictures of ``source`` are; None = where the format puts them.
         images: False checks the annotations alone and reads no picture.
@@ -219,7 +222,23 @@ def _check_import(part: _Part, findings: _Findings, *, images: bool, progress: P
         findings.add(what, Example(issue.image, issue.annotation_id, detail), problem=problem)
     if part.temporary or not images:
         return np.asarray(part.index.content_hashes)
+    _check_maps(part.index, findings, progress)
     return _check_pictures(part.index, findings, progress)
+
+
+def _check_maps(index: Index, findings: _Findings, progress: Progress | None) -> None:
+    """Reads all semantic maps of an index, and notes classes that none of them shows."""
+    if not images_with_maps(index).any():
+        return
+    seen = np.zeros(VOID + 1, bool)
+    tell = None if progress is None else lambda done: progress("pictures", done, len(index))
+    for row, found in enumerate(look_through_index(index, progress=tell)):
+        if found.what:
+            findings.add(found.what, Example(index.name(row), None, found.detail), problem=True)
+        seen |= found.values
+    names = index.label_space.names
+    absent = [Example("", None, name) for name, shown in zip(names, seen[1:], strict=False) if not shown]
+    findings.add_many("class in no semantic map", len(absent), absent, problem=False)
 
 
 def _check_pictures(index: Index, findings: _Findings, progress: Progress | None) -> Array:
@@ -250,9 +269,11 @@ def _add_counts(index: Index, counts: Statistics, hashes: Array, findings: _Find
 
     if not counts.images:
         findings.add("no image", Example("", None, "nothing to train on"), problem=True)
-    elif not counts.boxes:
-        findings.add("no box at all", Example("", None, "a detector cannot be trained on it"), problem=True)
-    note("picture without a box (negative)", np.flatnonzero(np.diff(index.offsets) == 0))
+    elif not (counts.boxes or counts.labels or counts.maps):
+        what = "no box, no label of a picture and no semantic map at all"
+        findings.add(what, Example("", None, "nothing can be trained on it"), problem=True)
+    bare = (np.diff(index.offsets) == 0) & ~images_with_labels(index) & ~images_with_maps(index)
+    note("picture without a box (negative)", np.flatnonzero(bare))
     unknown = (np.asarray(index.widths) <= 0) | (np.asarray(index.heights) <= 0)
     note("picture of unknown size", np.flatnonzero(unknown))
     for what, count in (

@@ -3,6 +3,19 @@
 ``read_picture`` gives uint8 (H, W, 3) RGB with the EXIF orientation always applied, whatever the file's mode. Plain
 JPEG files take OpenCV's decoder, which is the fastest; everything else, and every file that looks odd, takes Pillow,
 whose word on a broken file is final.
+
+Where a JPEG file is resized to less than half its size anyway, libjpeg decodes it at 1/2, 1/4 or 1/8: the largest
+reduction that leaves at least ``MARGIN`` pixels each way for each pixel of the resized picture. Boxes, maps and masks
+do not notice: the placement is that of the stored picture. Against full decoding, both resized by area, for sharp
+photographs side by side, quality 90, pixels of 0 to 255 (``benchmarks/pipeline.py``):
+
+    stored         resized to    decoded at    mean and largest difference    times as fast
+    1280 x 960      448 x 336       1/2                1.3     34                  1.5
+    4000 x 3000     448 x 336       1/4                1.2     25                  2.6
+    4000 x 3000    1067 x 800       1/2                1.0     29                  2.1
+
+640 x 480, and 1280 x 960 for (800, 1333), are decoded whole. A margin of 1 would decode the second row at 1/8, with
+differences of 4.0 and 80; a margin of 2 the first and the third whole.
 """
 
 import io
@@ -18,11 +31,18 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from gesso.data.pictures import MAX_PIXELS, exif_orientation, jpeg_layout
-from gesso.data.transforms import Placement
+from gesso.data.placement import Placement, Shape
 from gesso.errors import DataError
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
+MARGIN = 4 / 3
+_JPEG_FLAGS = {  # the reductions' grey is the lack of IMREAD_COLOR, which is BGR
+    1: cv2.IMREAD_COLOR_RGB,
+    2: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
 _GREY = np.array([0.299, 0.587, 0.114])
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -36,13 +56,15 @@ _TURNS = {
 _UNFINISHED = (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, TypeError, KeyError)
 
 
-def read_picture(path: Path) -> Pixels:
+def read_picture(path: Path, placement: Placement | None = None) -> Pixels:
     """Reads a picture as uint8 (H, W, 3) RGB, transposed as its EXIF orientation says.
 
     Grey, palette, CMYK and 16-bit pictures are converted; transparency is dropped; of several frames the first counts.
+    With ``placement`` it is read for ``draw`` to draw it there: a JPEG file may come as ``reduced_size(placement)``.
 
     Raises:
-        DataError: the file is missing, empty, no picture, broken off, or larger than ``MAX_PIXELS``.
+        DataError: the file is missing, empty, no picture, broken off, larger than ``MAX_PIXELS``, or not of the size
+            ``placement.original``.
     """
     try:
         data = path.read_bytes()
@@ -51,18 +73,48 @@ def read_picture(path: Path) -> Pixels:
     if not data:
         raise DataError("the picture is empty (0 bytes)", where=path, remedy="Get the file again.")
     layout = jpeg_layout(data)
+    picture, number = None, 1
     if layout is not None:
         _refuse_huge(layout.width, layout.height, path)
+        if placement is not None and sorted(placement.original) == sorted((layout.height, layout.width)):
+            number = reduction(placement)
         if layout.bits == 8 and layout.channels in (1, 3) and layout.ends(data):
-            picture = _decode_jpeg(data)
-            if picture is not None:
-                return picture
-    return _read_with_pillow(data, path)
+            picture = _decode_jpeg(data, number)
+    if picture is None:
+        picture, number = _read_with_pillow(data, path), 1
+    if placement is not None:
+        if number == 1:
+            check_size(picture.shape[:2], placement.original, path)
+        elif picture.shape[:2] != reduced_size(placement):  # of these sides, so the other way round
+            check_size(placement.original[::-1], placement.original, path)
+    return picture
 
 
-def _decode_jpeg(data: bytes) -> Pixels | None:
+def check_size(found: tuple[int, ...], expected: Shape, path: Path) -> None:
+    """Raises DataError where a picture's height and width are not the expected ones."""
+    if found != expected:
+        what = f"the picture is {found[1]} x {found[0]}, expected {expected[1]} x {expected[0]}"
+        raise DataError(what, where=path, remedy="If it has been changed, import the data again.")
+
+
+def reduction(placement: Placement) -> int:
+    """By what a JPEG file may be reduced in decoding, to be drawn at ``placement``: 1, 2, 4 or 8.
+
+    1 where a region is cut out first: its corner need not lie on the grid of the reduced picture.
+    """
+    most = 0.0 if placement.region is not None else 1 / (MARGIN * max(placement.scale))
+    return next((number for number in (8, 4, 2) if number <= most), 1)
+
+
+def reduced_size(placement: Placement) -> Shape:
+    """Height and width of the picture that is reduced for ``placement``: a last pixel that is not full counts."""
+    number = reduction(placement)
+    return -(-placement.original[0] // number), -(-placement.original[1] // number)
+
+
+def _decode_jpeg(data: bytes, number: int) -> Pixels | None:
     try:
-        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), _JPEG_FLAGS[number])
     except cv2.error:
         return None
     return None if picture is None else np.asarray(picture, np.uint8)
@@ -111,16 +163,28 @@ def _refuse_huge(width: int, height: int, path: Path) -> None:
 def draw(picture: Pixels, placement: Placement, canvas: Pixels) -> None:
     """Draws a picture (H, W, 3) on its ``canvas``, zeros of shape ``placement.canvas`` + (3,), in place.
 
-    Bilinear, as the reference detectors do; below half size the mean over each pixel's area, against aliasing.
+    The picture is the stored one, or reduced as ``read_picture`` reads it for this placement. Bilinear, as the
+    reference detectors do; below half size the mean over each pixel's area, against aliasing.
     """
-    height, width = placement.resized
+    number = 1 if picture.shape[:2] == placement.original else reduction(placement)
+    if placement.region is not None:
+        top, left, height, width = placement.region
+        picture = picture[top : top + height, left : left + width]
     if picture.shape[:2] != placement.resized:
-        small = min(placement.scale) <= 0.5
-        method = cv2.INTER_AREA if small else cv2.INTER_LINEAR
-        picture = np.asarray(cv2.resize(picture, (width, height), interpolation=method), np.uint8)
+        picture = _resize(picture, placement, number)
     (top, left), (high, wide) = placement.offset, placement.size
     part = picture[top : top + high, left : left + wide]
     canvas[:high, :wide] = cv2.flip(part, 1) if placement.flip else part
+
+
+def _resize(picture: Pixels, placement: Placement, number: int) -> Pixels:
+    height, width = placement.resized
+    method = cv2.INTER_AREA if min(placement.scale) <= 0.5 else cv2.INTER_LINEAR
+    if number == 1:
+        return np.asarray(cv2.resize(picture, (width, height), interpolation=method), np.uint8)
+    # The scale is given, not the size: a last pixel that is not full must not squeeze the others.
+    down, across = (scale * number for scale in placement.scale)
+    return np.asarray(cv2.resize(picture, None, fx=across, fy=down, interpolation=method), np.uint8)[:height, :width]
 
 
 def colour(picture: Pixels, factors: tuple[float, float, float]) -> None:

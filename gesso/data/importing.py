@@ -4,20 +4,25 @@ import contextlib
 import dataclasses
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 
-from gesso.data.blocks import take_images, take_objects
+from gesso.data.blocks import take_images
 from gesso.data.index_writer import IndexWriter, check_target
-from gesso.data.orientation import turn_objects
-from gesso.data.pictures import Header, read_headers
+from gesso.data.joining import find_root, require_some, with_pictures
+from gesso.data.maps import draw_maps, sound_maps
+from gesso.data.readers.citypersons import read_citypersons
 from gesso.data.readers.coco import read_coco
-from gesso.data.readers.detect import Found, choose, detect
+from gesso.data.readers.detect import Format, Found, choose, detect
+from gesso.data.readers.flowers102 import read_flowers102
+from gesso.data.readers.image_folder import read_image_folder
 from gesso.data.readers.lvis import map_verdicts
+from gesso.data.readers.masks import read_masks
+from gesso.data.readers.sun397 import read_sun397
 from gesso.data.readers.voc import read_voc
 from gesso.data.readers.yolo import read_yolo
 from gesso.data.records import Array, ImageBlock, Issue, IssueBlock, Masks, ObjectBlock, Polygons, Reading, Source
@@ -31,11 +36,6 @@ log = get_logger(__name__)
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with the stage ("annotations" in bytes or files, "pictures"), what is done, and the total (0 = unknown)."""
 
-TURNED = "picture has an EXIF orientation"
-TURNED_UNTOLD = "picture has an EXIF orientation, and no size tells whether boxes were drawn upright"
-
-_SAMPLE = 200
-
 
 @dataclass(frozen=True, kw_only=True)
 class ImportSummary:
@@ -46,6 +46,8 @@ class ImportSummary:
         format: of the source.
         split: its name, or "".
         images, boxes, categories: counts; of all splits where there are several (the categories are one space).
+        labels: image-level labels of classes that are present.
+        maps: images with a semantic map.
         issues: number of cases in the report by kind.
         splits: one summary a split where there are several.
     """
@@ -56,6 +58,8 @@ class ImportSummary:
     images: int
     boxes: int
     categories: int
+    labels: int = 0
+    maps: int = 0
     issues: Mapping[str, int] = field(default_factory=dict)
     splits: tuple["ImportSummary", ...] = ()
 
@@ -71,6 +75,8 @@ class Examined:
     images: ImageBlock
     objects: ObjectBlock
     issues: tuple[Issue | IssueBlock, ...]
+    draw: Callable[[str], Array] | None = None
+    """As in ``Reading``: maps that are drawn beside the index when it is written."""
 
     def count_issues(self) -> dict[str, int]:
         """Number of cases by kind."""
@@ -101,7 +107,7 @@ def import_data(
     Args:
         source: a folder or an annotation file.
         out: the folder to make.
-        format: "auto", "coco", "voc" or "yolo".
+        format: "auto" or one of ``readers.detect.Format``.
         split: the one split to import, to ``out`` itself.
         images_root: the folder that file names are relative to; found by trying the usual places where None.
         images: reads the pictures' heads: sizes come from them, missing and broken pictures are kept aside. Without,
@@ -148,6 +154,8 @@ def import_data(
         images=sum(summary.images for summary in summaries),
         boxes=sum(summary.boxes for summary in summaries),
         categories=len(space),
+        labels=sum(summary.labels for summary in summaries),
+        maps=sum(summary.maps for summary in summaries),
         issues=dict(issues),
         splits=tuple(summaries),
     )
@@ -164,15 +172,22 @@ def examine(
     progress: Progress | None = None,
 ) -> Examined:
     """Applies everything that import does to one split, and writes nothing. Arguments as in ``import_data``."""
-    block = _map_verified(reading, label_space)
-    objects = dataclasses.replace(reading.objects, labels=_map_labels(reading, label_space))
     issues: list[Issue | IssueBlock] = list(reading.issues)
-    root = Path(images_root).absolute() if images_root is not None else _find_root(reading, images=images)
+    block = _map_images(reading, label_space, issues)
+    objects = dataclasses.replace(reading.objects, labels=_map_labels(reading, label_space))
+    root = Path(images_root).absolute() if images_root is not None else find_root(reading, images=images)
     if images:
         if images_root is not None:
-            _require_some(reading, root)
-        kept, objects, block = _with_pictures(block, objects, root, issues, hash_images=hash_images, progress=progress)
+            require_some(reading, root)
+        tell = _teller(progress, "pictures", len(block))
+        kept, objects, block = with_pictures(block, objects, root, issues, hash_images=hash_images, progress=tell)
         rings = None if reading.rings is None else [reading.rings[k] for k in kept.tolist()]
+        required = reading.truth == "map" and reading.draw is None
+        tell = _teller(progress, "pictures", len(block))
+        block, faults = sound_maps(block, root, len(label_space), required=required, progress=tell)
+        issues.extend(faults)
+        if required:
+            block = _with_maps(block)
     else:
         rings = None if reading.rings is None else list(reading.rings)
         if reading.normalised:
@@ -180,28 +195,39 @@ def examine(
     if reading.normalised:
         objects = _scale(objects, block, rings)
     objects, found = repair(block, objects)
+    # Where images tell which classes were checked, no class is verified but by their own word.
+    by_image = block.verified is not None and reading.truth != "class"
     return Examined(
         format=format,
         split=reading.split,
         label_space=label_space,
-        # Where images tell which classes were checked, no class is verified but by their own word.
-        source=Source(
-            name=reading.name, root=str(root), split=reading.split, labelled=None if block.verified is None else ()
-        ),
+        source=Source(name=reading.name, root=str(root), split=reading.split, labelled=() if by_image else None),
         images=block,
         objects=objects,
         issues=(*issues, *found),
+        draw=reading.draw,
     )
 
 
-def _read(found: Found, progress: Progress | None) -> Reading:
-    def tell(total: int) -> Callable[[int], None] | None:
-        return None if progress is None else lambda done: progress("annotations", done, total)
+def _teller(progress: Progress | None, stage: str, total: int) -> Callable[[int], None] | None:
+    return None if progress is None else lambda done: progress(stage, done, total)
 
-    if found.format == "coco":
-        return read_coco(found.path, split=found.split, progress=tell(found.path.stat().st_size))
-    reader = read_voc if found.format == "voc" else read_yolo
-    return reader(found.path, split=found.split, progress=tell(0))
+
+_READERS: Mapping[Format, Callable[..., Reading]] = {
+    "coco": read_coco,
+    "voc": read_voc,
+    "yolo": read_yolo,
+    "citypersons": read_citypersons,
+    "sun397": read_sun397,
+    "flowers102": read_flowers102,
+    "masks": read_masks,
+    "folder": read_image_folder,
+}
+
+
+def _read(found: Found, progress: Progress | None) -> Reading:
+    total = found.path.stat().st_size if found.format == "coco" else 0
+    return _READERS[found.format](found.path, split=found.split, progress=_teller(progress, "annotations", total))
 
 
 def _common_space(spaces: Sequence[LabelSpace]) -> LabelSpace:
@@ -230,119 +256,43 @@ def _map_labels(reading: Reading, space: LabelSpace) -> Array:
     if space is reading.label_space:
         return reading.objects.labels
     targets = np.array(reading.label_space.map_to(space).targets, np.int32)
-    labels = targets[reading.objects.labels] if len(targets) else reading.objects.labels
-    lost = np.flatnonzero(labels < 0)
+    _require_all(reading.objects.labels, targets, reading, space, "boxes")
+    return targets[reading.objects.labels] if len(targets) else reading.objects.labels
+
+
+def _require_all(labels: Array, targets: Array, reading: Reading, space: LabelSpace, what: str) -> None:
+    """DataError where a label has no place in the label space that was given."""
+    lost = np.flatnonzero(targets[labels] < 0) if len(targets) else np.zeros(0, np.int64)
     if len(lost):
-        name = reading.label_space.names[reading.objects.labels[lost[0]]]
-        what = f"the category '{name}' ({len(lost)} boxes in all) is not in the label space that was given"
-        raise DataError(what, where=reading.name, remedy=nearest(name, space.names))
-    return labels
+        name = reading.label_space.names[labels[lost[0]]]
+        told = f"the category '{name}' ({len(lost)} {what} in all) is not in the label space that was given"
+        raise DataError(told, where=reading.name, remedy=nearest(name, space.names))
 
 
-def _map_verified(reading: Reading, space: LabelSpace) -> ImageBlock:
-    verified = reading.images.verified
-    if verified is None or space is reading.label_space:
-        return reading.images
+def _map_images(reading: Reading, space: LabelSpace, issues: list[Issue | IssueBlock]) -> ImageBlock:
+    """The images with their labels in another space. Maps keep their numbers, so there they lose their meaning."""
+    block = reading.images
+    if space is reading.label_space:
+        return block
     targets = np.array(reading.label_space.map_to(space).targets, np.int32)
-    return dataclasses.replace(reading.images, verified=map_verdicts(verified, targets))
+    if block.verified is not None:
+        if reading.truth == "class":
+            _require_all(block.verified.labels, targets, reading, space, "pictures")
+        block = dataclasses.replace(block, verified=map_verdicts(block.verified, targets))
+    if block.semantic is None or not any(block.semantic) or np.array_equal(targets, np.arange(len(targets))):
+        return block
+    what = "semantic maps are numbered by other classes"
+    if reading.truth == "map":
+        remedy = "Import it without another label space."
+        raise DataError(f"the {what} than the label space that was given", where=reading.name, remedy=remedy)
+    issues.append(Issue("", None, what, "maps left out", "the order of the classes is another than in the source"))
+    return dataclasses.replace(block, semantic=None)
 
 
-def _find_root(reading: Reading, *, images: bool) -> Path:
-    """The likely folder where most of a sample of the pictures stand."""
-    names = reading.images.names
-    sample = [names[i] for i in np.linspace(0, len(names) - 1, min(len(names), _SAMPLE)).astype(int)]
-    counts = {root: sum((root / name).is_file() for name in sample if name) for root in reading.roots}
-    best = max(reading.roots, key=lambda root: counts[root])
-    if images and sample and not counts[best]:
-        raise _no_pictures(sample[0], reading.roots)
-    return best
-
-
-def _require_some(reading: Reading, root: Path) -> None:
-    if not root.is_dir():
-        raise DataError("the folder of the pictures does not exist", where=root, remedy="Check --images-root.")
-    names = reading.images.names
-    if len(names) and not any((root / name).is_file() for name in names):
-        raise _no_pictures(names[0], (root,))
-
-
-def _no_pictures(name: str, roots: Iterable[Path]) -> DataError:
-    remedy = "Name their folder with --images-root, or import the annotations alone with --no-images."
-    places = ", ".join(str(root) for root in roots)
-    return DataError(f"none of the pictures was found (such as '{name}') in {places}", remedy=remedy)
-
-
-def _with_pictures(
-    block: ImageBlock,
-    objects: ObjectBlock,
-    root: Path,
-    issues: list[Issue | IssueBlock],
-    *,
-    hash_images: bool,
-    progress: Progress | None,
-) -> tuple[Array, ObjectBlock, ImageBlock]:
-    """Takes sizes, orientations and hashes from the pictures; leaves out those that cannot be used.
-
-    Returns the positions of the objects that stay, these objects, and the images.
-    """
-    total = len(block)
-    tell = None if progress is None else lambda done: progress("pictures", done, total)
-    paths = (root / name for name in block.names)
-    stored = np.zeros((total, 2), np.int32)
-    orientations, hashes = np.ones(total, np.uint8), np.zeros(total, np.uint64)
-    good = np.ones(total, bool)
-    counts = np.bincount(objects.rows, minlength=total) if total else np.zeros(0, np.int64)
-    turned = np.zeros(total, np.uint8)
-    for row, header in enumerate(read_headers(paths, content_hash=hash_images, progress=tell)):
-        stored[row] = header.width, header.height
-        orientations[row], hashes[row] = header.orientation, header.content_hash
-        good[row] = not header.problem
-        annotated = (int(block.widths[row]), int(block.heights[row]))
-        case, turn = _compare(block.names, row, header, annotated, int(counts[row]))
-        issues.extend(case)
-        turned[row] = turn
-    objects = turn_objects(objects, stored, turned)
-    swapped = orientations >= 5
-    kept = np.flatnonzero(good)
-    block = dataclasses.replace(
-        block,
-        widths=np.where(swapped, stored[:, 1], stored[:, 0]),
-        heights=np.where(swapped, stored[:, 0], stored[:, 1]),
-        orientations=orientations,
-        hashes=hashes,
-    )
-    if good.all():
-        return np.arange(len(objects)), objects, block
-    stay = np.flatnonzero(good[objects.rows])
-    new_rows = np.cumsum(good) - 1
-    objects = take_objects(objects, stay)
-    return stay, dataclasses.replace(objects, rows=new_rows[objects.rows].astype(np.int32)), take_images(block, kept)
-
-
-def _compare(
-    names: Sequence[str], row: int, header: Header, annotated: tuple[int, int], boxes: int
-) -> tuple[list[Issue], int]:
-    """The issues of one picture, and the orientation by which its boxes must be turned (0 = as they are).
-
-    The loader shows every picture upright (EXIF transposed). Boxes drawn on the stored pixels, which the annotated
-    size tells where the two sizes differ, are turned along; all others are taken as drawn on the upright picture. Where
-    nothing tells (no annotated size; mirrored, half turned or square pictures), that is an issue of its own.
-    """
-    if header.problem:
-        return [Issue(names[row], None, header.problem, "kept aside", f"{header.detail}; {boxes} boxes")], 0
-    stored, upright = (header.width, header.height), header.transposed
-    found = []
-    turn = 0
-    if header.orientation > 1:
-        turn = header.orientation if annotated == stored != upright else 0
-        action = "picture and boxes turned" if turn else "picture turned, boxes taken as they are"
-        told = stored != upright and annotated in (stored, upright)
-        what = TURNED if told or not boxes else TURNED_UNTOLD
-        found.append(Issue(names[row], None, what, action, f"orientation {header.orientation}"))
-    if all(annotated) and annotated not in (stored, upright):
-        detail = f"{annotated[0]} x {annotated[1]} in the annotations, {upright[0]} x {upright[1]} in the file"
-        found.append(Issue(names[row], None, "picture has another size", "size of the file taken", detail))
-    return found, turn
+def _with_maps(images: ImageBlock) -> ImageBlock:
+    """The images that have a semantic map; of the others, the issue is told already."""
+    found = [] if images.semantic is None else [row for row, name in enumerate(images.semantic) if name]
+    return images if len(found) == len(images) else take_images(images, np.array(found, np.int64))
 
 
 def _scale(objects: ObjectBlock, images: ImageBlock, rings: Sequence[Array | None] | None) -> ObjectBlock:
@@ -365,20 +315,41 @@ def _write_all(examined: list[Examined], targets: Sequence[Path], *, overwrite: 
     summaries = []
     with contextlib.ExitStack() as undo:
         for target in targets:
-            existed = target.exists()
+            new = [place for place in (target, _maps_beside(target)) if not place.exists()]
             summaries.append(_write(examined.pop(0), target, overwrite=overwrite))
-            if not existed:
-                undo.callback(shutil.rmtree, target, ignore_errors=True)
+            for place in new:
+                undo.callback(shutil.rmtree, place, ignore_errors=True)
         undo.pop_all()
     return summaries
 
 
+def _maps_beside(out: Path) -> Path:
+    """The folder of the maps that are drawn for the index ``out``."""
+    return out.absolute().with_name(f"{out.name}.maps")
+
+
 def _write(examined: Examined, out: Path, *, overwrite: bool) -> ImportSummary:
+    if examined.draw is None:
+        return _write_index(examined, out, overwrite=overwrite)
+    root, folder, existed = Path(examined.source.root), _maps_beside(out), _maps_beside(out).exists()
+    classes = len(examined.label_space)
+    block, issues = draw_maps(examined.images, examined.draw, root, folder, classes, overwrite=overwrite)
+    try:
+        drawn = dataclasses.replace(examined, images=_with_maps(block), issues=(*examined.issues, *issues))
+        return _write_index(drawn, out, overwrite=overwrite)
+    except BaseException:
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _write_index(examined: Examined, out: Path, *, overwrite: bool) -> ImportSummary:
     writer = IndexWriter(out, examined.label_space, sources=[examined.source], overwrite=overwrite)
     writer.add_images(examined.images)
     writer.add_objects(examined.objects)
     writer.add_issues(examined.issues)
     writer.finish()
+    verified, semantic = examined.images.verified, examined.images.semantic
     return ImportSummary(
         path=str(out),
         format=examined.format,
@@ -386,5 +357,7 @@ def _write(examined: Examined, out: Path, *, overwrite: bool) -> ImportSummary:
         images=len(examined.images),
         boxes=len(examined.objects),
         categories=len(examined.label_space),
+        labels=0 if verified is None else int((verified.states == 1).sum()),
+        maps=0 if semantic is None else sum(map(bool, semantic)),
         issues=examined.count_issues(),
     )

@@ -1,29 +1,25 @@
 """Batches for training and inference, made by worker processes whose number changes nothing.
 
 The plan of each batch is drawn in the main process (``sampling.py``); a worker builds a whole batch (``samples.py``);
-only whole batches cross a process border, and they arrive in order. Workers ignore Ctrl-C: the main process ends them.
+only whole batches cross a process border, and they arrive in order (``workers.py``).
 """
 
-import signal
-import sys
-import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from gesso.data.decode import Pixels, read_picture
+from gesso.data.decode import Pixels, read_picture, reduction
 from gesso.data.index import Index
+from gesso.data.pictures import read_header
+from gesso.data.placement import Placement
 from gesso.data.samples import Broken, Built, ImageSlots, InferenceBuilder, TrainingBuilder
 from gesso.data.sampling import BatchStream
-from gesso.data.transforms import InputConfig, Placement, inference_placement
+from gesso.data.transforms import InputConfig, inference_placement
+from gesso.data.workers import Results
 from gesso.errors import ConfigError, DataError, InputError, TrainingError
 from gesso.label_space import LabelMap
 from gesso.log import get_logger
@@ -34,8 +30,6 @@ log = get_logger(__name__)
 WINDOW = 10_000
 MAX_SHARE = 0.01
 ALLOWANCE = 3
-PREFETCH = 2
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 def training_batches(
@@ -51,6 +45,7 @@ def training_batches(
     max_boxes: int = 100,
     mask_side: int = 0,
     label_map: LabelMap | None = None,
+    semantic: bool = False,
 ) -> "TrainingBatches":
     """The endless training batches of one process, from sample ``first_sample`` on.
 
@@ -69,10 +64,13 @@ def training_batches(
         max_boxes: M. Where a picture has more, the ones to ignore go first, then the smallest; the log counts them.
         mask_side: S of ``Targets.masks``; 0 leaves masks out. An object without a mask has an all-zero mask frame.
         label_map: from the index's labels to the run's (``LabelSpace.map_to``); None keeps the index's.
+        semantic: with ``Targets.semantic``, (B, H, W) uint8: 0 background, 1 + label in the run's labels, 255 void,
+            padding, or a picture without a map.
 
     Raises:
-        DataError: the index has no picture, or pictures of unknown size.
-        ConfigError: a number is out of range, or the batch cannot be divided among the processes.
+        DataError: the index has no picture, pictures of unknown size, or no semantic map where they are asked for.
+        ConfigError: a number is out of range, the batch cannot be divided among the processes, or there are too many
+            classes for semantic maps.
     """
     if max_boxes < 1 or mask_side < 0:
         raise ConfigError(f"max_boxes must be at least 1 and mask_side at least 0, found {max_boxes} and {mask_side}")
@@ -85,16 +83,18 @@ def training_batches(
         rank=rank,
         world=world,
     )
-    builder = TrainingBuilder(index, input, max_boxes=max_boxes, mask_side=mask_side, label_map=label_map)
+    builder = TrainingBuilder(
+        index, input, max_boxes=max_boxes, mask_side=mask_side, label_map=label_map, semantic=semantic
+    )
     return TrainingBatches(builder, stream, workers)
 
 
 class TrainingBatches(Iterator[tuple[ImageBatch, Targets]]):
     """Endless pairs of ImageBatch and Targets on the CPU, pinned where a GPU is there, from ``training_batches``.
 
-    A picture that cannot be read is replaced by the next in order. More than 1% of the last 10,000 samples, and three
-    to spare, raises TrainingError. The first picture with more than ``max_boxes`` objects is warned of, and how many
-    there were so far at the 10th, the 100th and so on.
+    A picture that cannot be read, or whose semantic map cannot, is replaced by the next in order. More than 1% of the
+    last 10,000 samples, and three to spare, raises TrainingError. The first picture with more than ``max_boxes``
+    objects is warned of, and how many there were so far at the 10th, the 100th and so on.
 
     Attributes:
         sample: the number of the next batch's first sample, the whole state of the stream.
@@ -113,7 +113,7 @@ class TrainingBatches(Iterator[tuple[ImageBatch, Targets]]):
         self._share = stream.batch_size // stream.world
         self._named: set[int] = set()
         self._recent: deque[int] = deque(maxlen=max(WINDOW // self._share, 1))
-        self._results = _Results(builder, stream, workers)
+        self._results = Results(builder, stream, workers)
 
     def __next__(self) -> tuple[ImageBatch, Targets]:
         built = next(self._results)
@@ -195,7 +195,7 @@ class InferenceBatches(Iterator[ImageBatch]):
     def __init__(self, builder: InferenceBuilder, plans: list[tuple[int, npt.NDArray[np.int64]]], workers: int) -> None:
         self.broken: list[Broken] = []
         self._left = len(plans)
-        self._results = _Results(builder, plans, min(workers, len(plans)))
+        self._results = Results(builder, plans, min(workers, len(plans)))
 
     def __len__(self) -> int:
         """How many batches are left."""
@@ -252,12 +252,12 @@ class PictureBatches(Iterator[ImageBatch]):
         waiting: dict[int, list[tuple[int, Pixels, Placement]]] = {}
         for place, given in enumerate(pictures):
             try:
-                picture = read_picture(given) if isinstance(given, Path) else _checked(given, place)
+                picture, placement = self._read(given, place)
             except DataError as error:
                 log.warning("%s (left out)", error)
                 self.broken.append(Broken(place, error))
                 continue
-            shape, placement = inference_placement(self._config, *picture.shape[:2])
+            shape = int(self._config.resize.assign(*placement.original)[0])
             group = waiting.setdefault(shape, [])
             group.append((place, picture, placement))
             if len(group) == self._batch_size:
@@ -265,76 +265,24 @@ class PictureBatches(Iterator[ImageBatch]):
         for shape in sorted(waiting):
             yield self._batch(waiting[shape])
 
+    def _read(self, given: Path | Pixels, place: int) -> tuple[Pixels, Placement]:
+        """A picture and its placement; where the head of a file says that it will shrink, it may come reduced."""
+        if isinstance(given, Path):
+            head = read_header(given, content_hash=False)
+            if not head.problem:
+                width, height = head.transposed
+                placement = inference_placement(self._config, height, width)[1]
+                if reduction(placement) > 1:
+                    return read_picture(given, placement), placement
+        picture = read_picture(given) if isinstance(given, Path) else _checked(given, place)
+        return picture, inference_placement(self._config, *picture.shape[:2])[1]
+
     def _batch(self, group: list[tuple[int, Pixels, Placement]]) -> ImageBatch:
         slots = ImageSlots(self._batch_size, group[0][2].canvas)
         for slot, (place, picture, placement) in enumerate(group):
             slots.fill(slot, picture, placement, row=place)
         built = Built(images=slots.tensors())
         return (built.pin_memory() if torch.cuda.is_available() else built).image_batch()
-
-
-class _Results(Iterator[Built]):
-    """``dataset[plan]`` for each plan, in order, by worker processes or here."""
-
-    def __init__(self, dataset: Dataset[Built], plans: Iterable[Any], workers: int) -> None:
-        if workers < 0:
-            raise ConfigError(f"the number of workers must be at least 0, found {workers}")
-        # Workers inherit the mask, so that no signal to the whole group reaches them before they ignore it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="This DataLoader will create")
-                self._iterator: Iterator[Built] | None = iter(_loader(dataset, plans, workers))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    def __next__(self) -> Built:
-        if self._iterator is None:
-            raise StopIteration
-        try:
-            return next(self._iterator)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise TrainingError(
-                "a loader process was ended from outside, most often for lack of memory",
-                remedy="Use fewer workers, or give more (shared) memory.",
-            ) from error
-
-    def close(self) -> None:
-        self._iterator = None
-
-
-def _loader(dataset: Dataset[Built], plans: Iterable[Any], workers: int) -> DataLoader[Built]:
-    return DataLoader(
-        dataset,
-        sampler=plans,
-        batch_size=None,
-        collate_fn=_same,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_start_worker,
-        prefetch_factor=PREFETCH if workers else None,
-        multiprocessing_context=("fork" if sys.platform == "linux" else "spawn") if workers else None,
-        generator=torch.Generator(),
-    )
-
-
-def _same(built: Any) -> Any:
-    return built
-
-
-def _start_worker(_: int) -> None:
-    for number in _STOPPING:
-        signal.signal(number, signal.SIG_IGN)
-    sys.excepthook = _quiet
-    cv2.setNumThreads(0)
-
-
-def _quiet(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A main process that leaves while a batch is handed over is no error of the worker's."""
-    if not issubclass(kind, (ConnectionError, EOFError)):
-        sys.__excepthook__(kind, error, trace)
 
 
 def _shapes(index: Index, config: InputConfig) -> npt.NDArray[np.int64]:

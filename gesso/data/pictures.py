@@ -149,7 +149,7 @@ class JpegLayout(NamedTuple):
 
     def ends(self, data: bytes) -> bool:
         """Whether the scans have an end; what follows it (the film of a phone, for example) does not count."""
-        return data.find(b"\xff\xd9", self.scan) >= 0
+        return data.rfind(b"\xff\xd9", self.scan) >= 0  # it stands at the end of most
 
 
 def jpeg_layout(data: bytes) -> JpegLayout | None:

@@ -6,10 +6,10 @@ library only.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -228,6 +228,10 @@ class Masks:
         return Rle((height, width), parts[0][8:].tobytes().rstrip(b"\0"))
 
 
+PRESENT, ABSENT = 1, 2
+"""What an image-level label says of a class."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verified:
     """Image-level labels by CSR over N images: which classes were checked, and what was found.
@@ -235,7 +239,7 @@ class Verified:
     Attributes:
         offsets: (N + 1,) int64.
         labels: (L,) int32, labels of the index's label space.
-        states: (L,) int8, 1 present or 2 absent.
+        states: (L,) int8, ``PRESENT`` or ``ABSENT``.
     """
 
     offsets: Array
@@ -366,6 +370,10 @@ class Reading:
         normalised: boxes (float64 here) and ``rings`` are shares of the picture's width and height.
         rings: where normalised, one polygon (k, 2) float64 or None for each object; None = no object has one.
         issues: what the reader itself dropped.
+        truth: what makes an image of use. "objects": nothing more, since one without objects is a negative; "class": it
+            shows one class of the space and no other, the one that its image-level label names; "map": a semantic map.
+        draw: for images whose semantic map the source keeps in another form than a PNG (and ``images.semantic`` is
+            ""): the name of the image -> its map, uint8 (H, W): 0 background, 1 + label, 255 void. It raises DataError.
     """
 
     name: str
@@ -377,3 +385,5 @@ class Reading:
     normalised: bool = False
     rings: tuple[Array | None, ...] | None = None
     issues: tuple[Issue, ...] = ()
+    truth: Literal["objects", "class", "map"] = "objects"
+    draw: Callable[[str], Array] | None = None

@@ -15,19 +15,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gesso.data.decode import Pixels, colour, draw, read_picture
+from gesso.data.decode import Pixels, check_size, colour, draw, read_picture
 from gesso.data.index import Index
 from gesso.data.mask_grid import rasterise
+from gesso.data.placement import Placement, Shape
 from gesso.data.records import IGNORED
 from gesso.data.sampling import BatchPlan
-from gesso.data.transforms import (
-    InputConfig,
-    Placement,
-    Shape,
-    colour_factors,
-    inference_placement,
-    training_placement,
-)
+from gesso.data.semantic import VOID, Map, SemanticMaps, draw_semantic
+from gesso.data.transforms import InputConfig, colour_factors, inference_placement, training_placement
 from gesso.errors import DataError
 from gesso.label_space import LabelMap
 from gesso.structures import ImageBatch, Targets
@@ -36,7 +31,7 @@ Tensors = dict[str, Tensor]
 
 
 class Broken(NamedTuple):
-    """A picture that could not be read.
+    """A picture that could not be read, or its semantic map.
 
     Attributes:
         row: its row in the index, or its place among the given pictures.
@@ -92,7 +87,7 @@ class ImageSlots:
         self._keys = np.zeros(count, np.int64)
 
     def fill(self, slot: int, picture: Pixels, placement: Placement, *, row: int, key: int = 0) -> Pixels:
-        """Draws a picture (H, W, 3) in a slot and returns the valid part of its canvas."""
+        """Draws a picture (H, W, 3) in a slot, as ``draw`` takes it, and returns the valid part of its canvas."""
         draw(picture, placement, self._pixels[slot])
         self._sizes[slot], self._original[slot] = placement.size, placement.original
         self._scale[slot] = placement.scale
@@ -112,9 +107,11 @@ class ImageSlots:
 
 
 class TargetSlots:
-    """The arrays of Targets, filled slot by slot."""
+    """The arrays of Targets, filled slot by slot; those of masks, classes and semantic maps where asked for."""
 
-    def __init__(self, count: int, max_boxes: int, mask_side: int, classes: int | None) -> None:
+    def __init__(
+        self, count: int, max_boxes: int, mask_side: int, classes: int | None, semantic: Shape | None = None
+    ) -> None:
         self.boxes = np.zeros((count, max_boxes, 4), np.float32)
         self.labels = np.zeros((count, max_boxes), np.int64)
         self.valid = np.zeros((count, max_boxes), bool)
@@ -123,6 +120,7 @@ class TargetSlots:
         self.verified = None if classes is None else np.zeros((count, classes), np.int8)
         self.masks = np.zeros((count, max_boxes, mask_side, mask_side), np.uint8) if mask_side else None
         self.mask_frames = np.zeros((count, max_boxes, 4), np.float32) if mask_side else None
+        self.semantic = None if semantic is None else np.full((count, *semantic), VOID, np.uint8)
 
     def tensors(self) -> Tensors:
         """The fields of Targets that are there."""
@@ -137,6 +135,14 @@ class _Objects(NamedTuple):
     places: npt.NDArray[np.int64]
 
 
+class _Sample(NamedTuple):
+    row: int
+    picture: Pixels
+    placement: Placement
+    objects: _Objects
+    semantic: Map | None
+
+
 class TrainingBuilder(torch.utils.data.Dataset[Built]):
     """Builds the training batch of a plan: ``builder[plan]``.
 
@@ -146,10 +152,18 @@ class TrainingBuilder(torch.utils.data.Dataset[Built]):
         max_boxes: M. Where a picture has more, the ones to ignore go first, then the smallest on the canvas.
         mask_side: S; 0 leaves masks out.
         label_map: from the index's labels to the run's; None keeps them. Objects that map to -1 are dropped.
+        semantic: with the semantic maps; 255 where a picture has none.
     """
 
     def __init__(
-        self, index: Index, config: InputConfig, *, max_boxes: int, mask_side: int, label_map: LabelMap | None
+        self,
+        index: Index,
+        config: InputConfig,
+        *,
+        max_boxes: int,
+        mask_side: int,
+        label_map: LabelMap | None,
+        semantic: bool = False,
     ) -> None:
         self.index, self.config = index, config
         self.max_boxes, self.mask_side = max_boxes, mask_side
@@ -160,38 +174,48 @@ class TrainingBuilder(torch.utils.data.Dataset[Built]):
         self.verified = any(source.labelled is not None for source in index.sources) or (
             index.verified_columns is not None
         )
+        self.semantic = SemanticMaps(index, self.labels) if semantic else None
 
     def __getitem__(self, plan: BatchPlan) -> Built:
         canvas = self.config.resize.shapes(plan.scale)[plan.shape]
         images = ImageSlots(len(plan.rows), canvas)
         targets = TargetSlots(
-            len(plan.rows), self.max_boxes, self.mask_side, self.num_classes if self.verified else None
+            len(plan.rows),
+            self.max_boxes,
+            self.mask_side,
+            self.num_classes if self.verified else None,
+            semantic=None if self.semantic is None else canvas,
         )
         built = Built()
         for slot, key in enumerate(plan.keys.tolist()):
-            found = self._first_readable([int(plan.rows[slot]), *plan.spares[slot].tolist()], built)
-            if found is None:
+            rows = [int(plan.rows[slot]), *plan.spares[slot].tolist()]
+            sample = self._first_readable(rows, plan, key, built)
+            if sample is None:
                 return built
-            row, picture = found
-            objects = self._objects(row)
-            height, width = picture.shape[:2]
-            placement = training_placement(
-                self.config, height, width, objects.xyxy, shape=plan.shape, scale=plan.scale, key=key
-            )
-            colour(images.fill(slot, picture, placement, row=row, key=key), colour_factors(self.config, key))
-            left_out = self._fill_targets(targets, slot, row, objects, placement)
+            picture = images.fill(slot, sample.picture, sample.placement, row=sample.row, key=key)
+            colour(picture, colour_factors(self.config, key))
+            left_out = self._fill_targets(targets, slot, sample)
             built.surplus += left_out > 0
             built.left_out += left_out
         built.images, built.targets = images.tensors(), targets.tensors()
         return built
 
-    def _first_readable(self, rows: Sequence[int], built: Built) -> tuple[int, Pixels] | None:
+    def _first_readable(self, rows: Sequence[int], plan: BatchPlan, key: int, built: Built) -> _Sample | None:
         for row in rows:
             try:
-                return row, read_indexed(self.index, row)
+                return self._read(row, plan, key)
             except DataError as error:
                 built.broken.append(Broken(row, error))
         return None
+
+    def _read(self, row: int, plan: BatchPlan, key: int) -> _Sample:
+        objects = self._objects(row)
+        height, width = int(self.index.heights[row]), int(self.index.widths[row])
+        placement = training_placement(
+            self.config, height, width, objects.xyxy, shape=plan.shape, scale=plan.scale, key=key
+        )
+        picture = read_indexed(self.index, row, placement)
+        return _Sample(row, picture, placement, objects, self.semantic.read(row) if self.semantic else None)
 
     def _objects(self, row: int) -> _Objects:
         objects = self.index.objects(row)
@@ -200,8 +224,9 @@ class TrainingBuilder(torch.utils.data.Dataset[Built]):
         ignore = (objects.flags[places] & IGNORED) != 0
         return _Objects(objects.xyxy[places], labels[places], ignore, objects.box_ids[places], places)
 
-    def _fill_targets(self, targets: TargetSlots, slot: int, row: int, objects: _Objects, placement: Placement) -> int:
+    def _fill_targets(self, targets: TargetSlots, slot: int, sample: _Sample) -> int:
         """Fills one slot and returns how many objects found no room: those to ignore first, then the smallest."""
+        row, objects, placement = sample.row, sample.objects, sample.placement
         boxes, kept = placement.move(objects.xyxy)
         chosen = np.flatnonzero(kept)
         left_out = max(len(chosen) - self.max_boxes, 0)
@@ -224,6 +249,8 @@ class TrainingBuilder(torch.utils.data.Dataset[Built]):
                     targets.mask_frames[slot, at] = boxes[chosen[at]]
         if targets.verified is not None:
             targets.verified[slot] = self._verified(row, objects.labels)
+        if targets.semantic is not None and sample.semantic is not None:
+            draw_semantic(sample.semantic, placement, targets.semantic[slot])
         return left_out
 
     def _verified(self, row: int, present: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
@@ -258,22 +285,25 @@ class InferenceBuilder(torch.utils.data.Dataset[Built]):
         for slot, row in enumerate(rows.tolist()):
             if row < 0:
                 continue
+            placement = inference_placement(self.config, int(self.index.heights[row]), int(self.index.widths[row]))[1]
             try:
-                picture = read_indexed(self.index, row)
+                picture = read_indexed(self.index, row, placement)
             except DataError as error:
                 built.broken.append(Broken(row, error))
                 continue
-            images.fill(slot, picture, inference_placement(self.config, *picture.shape[:2])[1], row=row)
+            images.fill(slot, picture, placement, row=row)
         built.images = images.tensors()
         return built
 
 
-def read_indexed(index: Index, row: int) -> Pixels:
-    """Reads a picture of the index. DataError also where its size is not the one in the index."""
+def read_indexed(index: Index, row: int, placement: Placement | None = None) -> Pixels:
+    """Reads a picture of the index, with ``placement`` to be drawn there (``read_picture``).
+
+    DataError also where its size is not the one in the index.
+    """
     path: Path = index.image_path(row)
+    if placement is not None:
+        return read_picture(path, placement)
     picture = read_picture(path)
-    height, width = int(index.heights[row]), int(index.widths[row])
-    if picture.shape[:2] != (height, width):
-        what = f"the picture is {picture.shape[1]} x {picture.shape[0]}, in the index {width} x {height}"
-        raise DataError(what, where=path, remedy="Import the data again.")
+    check_size(picture.shape[:2], (int(index.heights[row]), int(index.widths[row])), path)
     return picture

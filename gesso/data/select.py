@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from gesso.data.blocks import take_images
 from gesso.data.duplicates import DISTANCE, fingerprints, group_equal, group_near
 from gesso.data.index import Index
 from gesso.data.index_writer import IndexWriter, check_target
+from gesso.data.narrowing import Narrowing
 from gesso.data.partition import Holdings, Quota, assign, quota
 from gesso.data.records import ImageBlock, ObjectBlock, take_column
 from gesso.data.statistics import image_classes
@@ -60,16 +61,25 @@ class Split:
     notes: tuple[str, ...]
 
 
-def subset(index: Index, out: str | Path, rows: npt.ArrayLike, *, overwrite: bool = False) -> Index:
+def subset(
+    index: Index,
+    out: str | Path,
+    rows: npt.ArrayLike,
+    *,
+    classes: Sequence[str] | None = None,
+    overwrite: bool = False,
+) -> Index:
     """Writes a new index of some images of another; everything that belongs to them is kept, in the order of ``rows``.
 
     Annotation ids, flags with their known bits, masks, further columns, image-level labels, sources and the lines of
-    the import report that name one of the images are kept; box ids are counted anew. The label space stays whole.
+    the import report that name one of the images are kept; box ids are counted anew.
 
     Args:
         index: the index to take from.
         out: the folder of the new index.
         rows: integer (K,), rows of images, each at most once.
+        classes: the classes that stay, in the order of the label space; the boxes and labels of all others go, and so
+            do semantic maps, which number all classes. None keeps the label space whole.
         overwrite: replaces an index that stands there.
 
     Returns:
@@ -77,20 +87,25 @@ def subset(index: Index, out: str | Path, rows: npt.ArrayLike, *, overwrite: boo
 
     Raises:
         InputError: a row does not exist or stands twice.
-        DataError: something else stands at ``out``, or it cannot be written.
+        DataError: a class does not exist; something else stands at ``out``, or it cannot be written.
     """
     wanted = np.asarray(rows, np.int64).reshape(-1)
     if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(index)):
         raise InputError(f"an image row is outside 0 to {len(index) - 1}", where=index.path)
     if len(np.unique(wanted)) != len(wanted):
         raise InputError("an image row stands twice", where=index.path, remedy="Name every row once.")
-    writer = IndexWriter(out, index.label_space, sources=index.sources, overwrite=overwrite)
+    narrowing = None if classes is None else Narrowing.of(index.label_space, classes)
+    space = index.label_space if narrowing is None else narrowing.space
+    sources = index.sources if narrowing is None else [narrowing.source(source) for source in index.sources]
+    writer = IndexWriter(out, space, sources=sources, overwrite=overwrite)
     names: set[str] = set()
     for first in range(0, len(wanted), _BLOCK):
         some = wanted[first : first + _BLOCK]
         block = _images(index, some)
         names.update(block.names)
-        writer.add_objects(_objects(index, some, writer.add_images(block)))
+        first_row = writer.add_images(block if narrowing is None else narrowing.images(block))
+        objects = _objects(index, some, first_row)
+        writer.add_objects(objects if narrowing is None else narrowing.objects(objects))
     writer.add_issues(issue for issue in index.iter_issues() if issue.image in names)
     return Index.open(writer.finish())
 

@@ -1,69 +1,48 @@
-"""Where a picture comes to lie on its canvas, and its boxes with it: resize, crop, flip, pad, colour.
+"""The choices by which pictures become the detector's input: resize, crop, flip, pad, colour.
 
-This file decides; ``decode.py`` moves the pixels. Every random choice hashes the sample's key (``random_key.py``) and
-depends on nothing else. Pictures fall into at most five fixed padded shapes, numbered by the resize configuration; all
-pictures of a global batch have one shape and one scale. Needs numpy only.
+This file decides; ``placement.py`` moves the boxes, ``decode.py`` the pixels. Every random choice hashes the sample's
+key (``random_key.py``) and depends on nothing else. Pictures fall into at most five fixed padded shapes, numbered by
+the resize configuration; all pictures of a global batch have one shape and one scale. Needs numpy only.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from gesso.data.placement import Floats, Placement, Shape
 from gesso.errors import ConfigError
 from gesso.random_key import stream, uniform
 
-FLIP, SCALE, CROP, COLOUR = (stream(f"transforms.{name}") for name in ("flip", "scale", "crop", "colour"))
+__all__ = [
+    "MULTI_SCALE",
+    "PFDET_SCALES",
+    "STRIDE",
+    "Direct",
+    "ImageNetCrop",
+    "InputConfig",
+    "KeepRatio",
+    "Placement",
+    "Shape",
+    "colour_factors",
+    "inference_placement",
+    "training_placement",
+]
+
+FLIP, SCALE, CROP, COLOUR, PART = (stream(f"transforms.{name}") for name in ("flip", "scale", "crop", "colour", "part"))
 CROP_ATTEMPTS = 10
 STRIDE = 32
 
-Shape: TypeAlias = tuple[int, int]
-Floats: TypeAlias = npt.NDArray[np.float32]
+MULTI_SCALE = (640, 680, 720, 760, 800)
+"""``short_sides`` of multi-scale training. The field draws one of 640, 672, ..., 800, which are six; five evenly spaced
+ones have the same range and the same mean."""
+PFDET_SCALES = (640, 744, 848, 952, 1056)
+"""``short_sides`` of PFDet, which draws from all of 640 to 1056 (Akiba et al., 2018): five evenly spaced ones."""
+
 Ints: TypeAlias = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How one picture comes to lie on its canvas: resized, then cropped, then mirrored, then padded right and below.
-
-    Attributes:
-        original: height and width of the stored picture.
-        resized: height and width after the resize.
-        offset: top and left of the crop in the resized picture.
-        size: height and width of the crop, which is the valid part of the canvas.
-        canvas: height and width of the padded picture.
-        flip: the crop is mirrored left to right.
-    """
-
-    original: Shape
-    resized: Shape
-    offset: Shape
-    size: Shape
-    canvas: Shape
-    flip: bool = False
-
-    @property
-    def scale(self) -> tuple[float, float]:
-        """Pixels here per original pixel, for height and width."""
-        return self.resized[0] / self.original[0], self.resized[1] / self.original[1]
-
-    def move(self, boxes: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
-        """Boxes (n, 4) of the stored picture on the canvas, clipped to the valid part, and which are not empty (n,)."""
-        scale, offset, limit = (_xyxy(pair) for pair in (self.scale, self.offset, self.size))
-        moved = np.clip(boxes * scale - offset, 0, limit)
-        if self.flip:
-            moved[:, [0, 2]] = self.size[1] - moved[:, [2, 0]]
-        return moved, (moved[:, 2] > moved[:, 0]) & (moved[:, 3] > moved[:, 1])
-
-    def frames(self, boxes: Floats) -> Floats:
-        """Boxes (n, 4) of the canvas in pixels of the stored picture; where mirrored, x1 > x2."""
-        back = boxes.copy()
-        if self.flip:
-            back[:, [0, 2]] = self.size[1] - back[:, [0, 2]]
-        frames: Floats = (back + _xyxy(self.offset)) / _xyxy(self.scale)
-        return frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +51,9 @@ class KeepRatio:
 
     The shapes are: a square; 4:3 and 3:4; and long ones both ways that take every picture. A picture goes to the first
     into which it fits at every listed short side. Source: Faster R-CNN, section 3.3; sizes: SPPnet, section 2.3.
+
+    With ``divide`` n, both sides after this resize are divided by n and rounded down, so that n x n pictures side by
+    side fit where one did (Chen et al., "Stitcher", 2020).
     """
 
     short_sides: tuple[int, ...] = (800,)
@@ -80,6 +62,8 @@ class KeepRatio:
     """No side becomes longer than this, in pixels."""
     stride: int = STRIDE
     """Both sides of a padded shape are multiples of this, itself a multiple of 32: anchors lie on that grid."""
+    divide: int = 1
+    """Both sides of the resized picture, and of the room for it, are divided by this."""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.short_sides) <= 5 or min(self.short_sides) < 1:
@@ -90,6 +74,8 @@ class KeepRatio:
             raise ConfigError(f"long_side {self.long_side} is shorter than the short side {max(self.short_sides)}")
         if self.stride < STRIDE or self.stride % STRIDE:
             raise ConfigError(f"stride must be a multiple of {STRIDE}, found {self.stride}")
+        if not 1 <= self.divide <= min(self.short_sides):
+            raise ConfigError(f"divide must lie between 1 and the shortest short side, found {self.divide}")
 
     @property
     def num_scales(self) -> int:
@@ -105,7 +91,7 @@ class KeepRatio:
         """The padded shapes (height, width) at scale number ``scale``, five (some may be equal)."""
         short = self.short_sides[scale]
         side, middle, long = (
-            -(-length // self.stride) * self.stride
+            -(-(length // self.divide) // self.stride) * self.stride
             for length in (short, min(-(-short * 4 // 3), self.long_side), self.long_side)
         )
         return (side, side), (side, middle), (middle, side), (side, long), (long, side)
@@ -123,8 +109,9 @@ class KeepRatio:
     def _resized(self, heights: npt.ArrayLike, widths: npt.ArrayLike, scale: int) -> tuple[Ints, Ints]:
         high, wide = np.atleast_1d(np.asarray(heights, np.float64)), np.atleast_1d(np.asarray(widths, np.float64))
         factor = np.minimum(self.short_sides[scale] / np.minimum(high, wide), self.long_side / np.maximum(high, wide))
-        to_side = [np.maximum(np.floor(sides * factor + 0.5), 1).astype(np.int64) for sides in (high, wide)]
-        return to_side[0], to_side[1]
+        usual = (np.floor(sides * factor + 0.5).astype(np.int64) for sides in (high, wide))
+        divided = [np.maximum(sides // self.divide, 1) for sides in usual]
+        return divided[0], divided[1]
 
     def place(self, height: int, width: int, *, shape: int, scale: int, key: int | None, attempt: int = 0) -> Placement:
         """The placement of a picture on shape number ``shape``; there is no chance in it."""
@@ -179,11 +166,7 @@ class Direct:
         """The placement of a picture; ``key`` None is inference: the long side becomes ``side``, nothing is cropped."""
         factor = 1.0 if key is None else self.low + (self.high - self.low) * uniform(key, SCALE)
         long = int(self.side * factor)
-        if self.mode == "keep":
-            ratio = long / max(height, width)
-            resized = max(int(height * ratio + 0.5), 1), max(int(width * ratio + 0.5), 1)
-        else:
-            resized = long, long
+        resized = _long_side(height, width, long) if self.mode == "keep" else (long, long)
         slack = [max(side - self.side, 0) for side in resized]
         top, left = (
             0 if key is None else int(uniform(key, CROP, 2 * attempt + axis) * (most + 1))
@@ -194,10 +177,85 @@ class Direct:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageNetCrop:
+    """Cut out a random part of the picture and stretch it to side x side, as classifiers are trained on ImageNet.
+
+    The part has a share of the picture's area from U[area) and a ratio of width to height whose logarithm is from
+    U[log ratio); after ten parts that do not fit it is the largest central one with the nearest ratio. Source: Szegedy
+    et al., "Going deeper with convolutions", 2015, section 6, as drawn by torchvision's ``RandomResizedCrop``. Where a
+    part loses all boxes, another is drawn as with ``Direct``; pictures without boxes are drawn exactly as there.
+    """
+
+    side: int = 224
+    """Height and width of the padded picture in pixels, a multiple of 32."""
+    area: tuple[float, float] = (0.08, 1.0)
+    """The least and the largest share of the picture's area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """The least and the largest ratio of the part's width to its height."""
+    inference: Literal["whole", "centre"] = "whole"
+    """The whole picture with its long side ``side``, so that no box is lost; or, for classifiers (their boxes would not
+    lead back to the picture), the centre side x side of the picture with its short side 256/224 ``side``."""
+
+    def __post_init__(self) -> None:
+        if self.side < STRIDE or self.side % STRIDE:
+            raise ConfigError(f"side must be a multiple of {STRIDE}, found {self.side}")
+        if not 0 < self.area[0] <= self.area[1] <= 1:
+            raise ConfigError(f"area needs 0 < least <= largest <= 1, found {self.area}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ConfigError(f"ratio needs 0 < least <= largest, found {self.ratio}")
+
+    @property
+    def num_scales(self) -> int:
+        """One: the part is drawn per picture."""
+        return 1
+
+    @property
+    def inference_scale(self) -> int:
+        """Number 0."""
+        return 0
+
+    def shapes(self, scale: int) -> tuple[Shape, ...]:
+        """The one padded shape."""
+        return ((self.side, self.side),)
+
+    def assign(self, heights: npt.ArrayLike, widths: npt.ArrayLike) -> Ints:
+        """Zeros (N,): all pictures have the one shape."""
+        return np.zeros(np.size(heights), np.int64)
+
+    def place(self, height: int, width: int, *, shape: int, scale: int, key: int | None, attempt: int = 0) -> Placement:
+        """The placement of a picture; ``key`` None is inference."""
+        square = (self.side, self.side)
+        if key is not None:
+            region = self._part(height, width, key, attempt)
+            return Placement((height, width), square, (0, 0), square, square, region=region)
+        if self.inference == "whole":
+            resized = _long_side(height, width, self.side)
+            return Placement((height, width), resized, (0, 0), resized, square)
+        short = self.side * 256 // 224  # the other side is rounded down, the offset half to even, as in torchvision
+        resized = (short * height // min(height, width), short * width // min(height, width))
+        offset = (round((resized[0] - self.side) / 2), round((resized[1] - self.side) / 2))
+        return Placement((height, width), resized, offset, square, square)
+
+    def _part(self, height: int, width: int, key: int, attempt: int) -> tuple[int, int, int, int]:
+        """Top, left, height and width of a random part."""
+        shortest, widest = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for trial in range(attempt * CROP_ATTEMPTS, (attempt + 1) * CROP_ATTEMPTS):
+            share, form, down, right = (uniform(key, PART, 4 * trial + number) for number in range(4))
+            area = height * width * (self.area[0] + (self.area[1] - self.area[0]) * share)
+            ratio = math.exp(shortest + (widest - shortest) * form)
+            wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < wide <= width and 0 < high <= height:
+                return int(down * (height - high + 1)), int(right * (width - wide + 1)), high, wide
+        high = min(height, max(round(width / self.ratio[0]), 1))
+        wide = min(width, max(round(height * self.ratio[1]), 1))
+        return (height - high) // 2, (width - wide) // 2, high, wide
+
+
+@dataclass(frozen=True, kw_only=True)
 class InputConfig:
     """How stored pictures become the detector's input."""
 
-    resize: KeepRatio | Direct = KeepRatio()
+    resize: KeepRatio | Direct | ImageNetCrop = KeepRatio()
     """The resize, and with it the padded shapes."""
     flip: float = 0.5
     """The probability of mirroring left to right, in training."""
@@ -223,13 +281,13 @@ def training_placement(
     """
     for attempt in range(CROP_ATTEMPTS):
         placement = config.resize.place(height, width, shape=shape, scale=scale, key=key, attempt=attempt)
-        if not len(boxes) or placement.move(boxes)[1].any():
+        if not len(boxes) or placement.whole or placement.move(boxes)[1].any():
             break
     return dataclasses.replace(placement, flip=bool(uniform(key, FLIP) < config.flip))
 
 
 def inference_placement(config: InputConfig, height: int, width: int) -> tuple[int, Placement]:
-    """The shape number and the placement of a picture at inference: no crop, no flip, the largest short side."""
+    """The shape number and the placement of a picture at inference: no chance, no flip, the largest short side."""
     scale = config.resize.inference_scale
     shape = int(config.resize.assign(height, width)[0])
     return shape, config.resize.place(height, width, shape=shape, scale=scale, key=None)
@@ -239,10 +297,13 @@ def colour_factors(config: InputConfig, key: int) -> tuple[float, float, float]:
     """The factors of brightness, contrast and saturation for one sample; 1 changes nothing."""
     spread = (config.brightness, config.contrast, config.saturation)
     brightness, contrast, saturation = (
-        1.0 + amount * (2.0 * uniform(key, COLOUR, element) - 1.0) for element, amount in enumerate(spread)
+        1.0 + amount * (2.0 * uniform(key, COLOUR, element) - 1.0) if amount else 1.0
+        for element, amount in enumerate(spread)
     )
     return brightness, contrast, saturation
 
 
-def _xyxy(pair: tuple[float, float]) -> npt.NDArray[Any]:
-    return np.array([pair[1], pair[0], pair[1], pair[0]], np.float32)
+def _long_side(height: int, width: int, long: int) -> Shape:
+    """The picture's size with its long side ``long``, the other one rounded to the nearest."""
+    ratio = long / max(height, width)
+    return max(int(height * ratio + 0.5), 1), max(int(width * ratio + 0.5), 1)

@@ -153,7 +153,8 @@ def test_an_index_whose_pictures_changed_is_no_longer_sound(tmp_path):
 
 def test_nothing_to_train_on_is_a_problem(tmp_path):
     report = check(write_coco(tmp_path, names=["1.jpg"]))
-    assert by_kind(report)["no box at all"].problem and report.problems == 1
+    found = by_kind(report)["no box, no label of a picture and no semantic map at all"]
+    assert found.problem and report.problems == 1
 
 
 def test_annotations_alone(tmp_path):
@@ -165,10 +166,11 @@ def test_annotations_alone(tmp_path):
 
 
 def test_the_import_report_of_a_rich_index_is_kept_apart(tmp_path):
-    """The sample's hashes are made up, so each of its pictures counts as changed."""
+    """The sample's hashes and semantic maps are made up: its pictures count as changed, its maps as missing."""
     report = check(write_index(tmp_path))
     found = by_kind(report)
-    assert found["picture has changed since the import"].count == 24 == report.problems
+    assert found["picture has changed since the import"].count == 24
+    assert found["semantic map is missing"].count == 16 == report.problems - 24
     assert not found["mended at import: missing"].problem
     assert np.all([finding.count >= len(finding.examples) for finding in report.findings])
 

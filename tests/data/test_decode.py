@@ -7,12 +7,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as F
 
 import gesso.data.decode as decode
-from gesso.data.decode import colour, draw, read_picture
-from gesso.data.transforms import Placement
+from gesso.data.decode import colour, draw, read_picture, reduced_size, reduction
+from gesso.data.placement import Placement
+from gesso.data.transforms import Direct
 from gesso.errors import DataError
 
 
@@ -241,3 +244,134 @@ def test_colour_is_torchvisions_jitter(factors):
     difference = np.abs(canvas[:40, :50].astype(int) - expected.permute(1, 2, 0).numpy().astype(int))
     assert difference.max() <= 2
     assert not canvas[40:].any() and not canvas[:, 50:].any()
+
+
+def shrink(height, width, side, flip=False):
+    """The placement of a whole picture with its long side ``side``."""
+    placement = Direct(side=side).place(height, width, shape=0, scale=0, key=None)
+    return dataclasses.replace(placement, flip=flip)
+
+
+def waves(height, width, length=70):
+    """Slow waves of three colours whose phase tells every place, out to the last pixel."""
+    y, x = np.mgrid[:height, :width] * (2 * np.pi / length)
+    return (127 + 120 * np.stack([np.sin(x), np.sin(y), np.cos(x + y)], -1)).astype(np.uint8)
+
+
+def on_canvas(picture, placement):
+    canvas = np.zeros((*placement.canvas, 3), np.uint8)
+    draw(picture, placement, canvas)
+    return canvas.astype(int)
+
+
+@given(height=st.integers(1, 9000), width=st.integers(1, 9000), side=st.sampled_from([32, 448, 1024]))
+def test_a_reduced_picture_keeps_a_third_more_pixels_than_are_drawn(height, width, side):
+    placement = shrink(height, width, side)
+    number, reduced = reduction(placement), reduced_size(placement)
+    assert reduced == (-(-height // number), -(-width // number))
+    if number > 1:
+        assert all(3 * a >= 4 * b * (1 - 1e-9) for a, b in zip(reduced, placement.resized, strict=True))
+    if number < 8:
+        assert min(height / placement.resized[0], width / placement.resized[1]) < 4 / 3 * 2 * number * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("size", "side", "number"),
+    [
+        ((480, 640), 448, 1),
+        ((960, 1280), 448, 2),
+        ((3000, 4000), 448, 4),
+        ((3000, 4000), 1056, 2),
+        ((960, 1280), 800, 1),
+    ],
+)
+def test_common_pictures_are_reduced(size, side, number):
+    assert reduction(shrink(*size, side)) == number
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("height", "width"), [(1024, 1536), (1001, 1503), (1007, 911)])
+@pytest.mark.parametrize("side", [64, 128, 256])
+def test_a_reduced_picture_is_drawn_where_the_whole_one_is(tmp_path, side, height, width, flip):
+    """Also at its far ends, where the last pixel of the reduced picture is not full."""
+    placement = shrink(height, width, side, flip)
+    Image.fromarray(waves(height, width, 24 / min(placement.scale))).save(tmp_path / "a.jpg", quality=95)
+    reduced = read_picture(tmp_path / "a.jpg", placement)
+    assert reduced.shape[:2] == reduced_size(placement) != (height, width)
+    difference = np.abs(on_canvas(reduced, placement) - on_canvas(read_picture(tmp_path / "a.jpg"), placement))
+    assert difference.mean() < 0.8 and difference.max() <= 6
+
+
+def test_a_crop_of_a_reduced_picture_is_that_of_the_whole_one(tmp_path):
+    Image.fromarray(waves(1001, 1503)).save(tmp_path / "a.jpg", quality=95)
+    resize = Direct(side=256, low=1.5, high=1.5)
+    placement = resize.place(1001, 1503, shape=0, scale=0, key=5)
+    assert min(placement.offset) >= 0 < max(placement.offset) and reduction(placement) == 2
+    reduced, whole = read_picture(tmp_path / "a.jpg", placement), read_picture(tmp_path / "a.jpg")
+    assert np.abs(on_canvas(reduced, placement) - on_canvas(whole, placement)).max() <= 6
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_reduced_picture_is_upright(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(waves(600, 803, 200)).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    size = (803, 600) if orientation > 4 else (600, 803)
+    placement = shrink(*size, 96)
+    reduced, whole = read_picture(tmp_path / "a.jpg", placement), read_picture(tmp_path / "a.jpg")
+    assert whole.shape[:2] == size and reduced.shape[:2] == reduced_size(placement)
+    assert np.abs(on_canvas(reduced, placement) - on_canvas(whole, placement)).max() <= 6
+    with pytest.raises(DataError, match=f"picture is {size[1]} x {size[0]}, expected {size[0]} x {size[1]}"):
+        read_picture(tmp_path / "a.jpg", shrink(*size[::-1], 96))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_modes_of_reduced_pictures(tmp_path, mode):
+    """Four inks are decoded whole, by Pillow."""
+    Image.fromarray(waves(600, 800, 200)).convert(mode).save(tmp_path / "a.jpg", quality=95)
+    placement = shrink(600, 800, 96)
+    found = read_picture(tmp_path / "a.jpg", placement)
+    assert found.shape == ((600, 800, 3) if mode == "CMYK" else (150, 200, 3))
+    expected = on_canvas(read_picture(tmp_path / "a.jpg"), placement)
+    assert np.abs(on_canvas(found, placement) - expected).max() <= 6
+
+
+def test_other_files_come_whole(tmp_path):
+    picture = waves(600, 800)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    assert np.array_equal(read_picture(tmp_path / "a.png", shrink(600, 800, 96)), picture)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_picture_of_another_size_than_placed_is_refused(tmp_path, suffix):
+    Image.fromarray(waves(301, 400)).save(tmp_path / f"a.{suffix}")
+    for other in ((300, 400), (302, 400), (602, 800), (400, 301), (75, 100)):
+        with pytest.raises(DataError, match=f"picture is 400 x 301, expected {other[1]} x {other[0]}"):
+            read_picture(tmp_path / f"a.{suffix}", shrink(*other, 96))
+
+
+def test_a_picture_is_not_reduced_where_a_region_is_cut_out(tmp_path):
+    Image.fromarray(waves(601, 801)).save(tmp_path / "a.jpg", quality=95)
+    placement = Placement((601, 801), (64, 64), (0, 0), (64, 64), (64, 64), True, (13, 27, 501, 703))
+    picture = read_picture(tmp_path / "a.jpg", placement)
+    assert picture.shape == (601, 801, 3)
+    expected = F.resized_crop(torch.from_numpy(picture).permute(2, 0, 1), 13, 27, 501, 703, [64, 64], antialias=True)
+    expected = F.horizontal_flip(expected).permute(1, 2, 0).numpy().astype(int)
+    difference = np.abs(on_canvas(picture, placement) - expected)
+    assert difference.mean() < 3 and difference.max() <= 20  # the mean over an area here, a triangle there
+
+
+def test_a_region_is_stretched_as_in_torchvision():
+    picture = np.asarray(smooth(60, 90)).copy()
+    placement = Placement((60, 90), (96, 96), (0, 0), (96, 96), (96, 96), False, (7, 11, 41, 33))
+    expected = F.resized_crop(torch.from_numpy(picture).permute(2, 0, 1), 7, 11, 41, 33, [96, 96], antialias=False)
+    assert np.abs(on_canvas(picture, placement) - expected.permute(1, 2, 0).numpy()).max() <= 1
+
+
+@pytest.mark.parametrize("cut", [30, 3000])
+def test_a_broken_file_is_not_reduced_unnoticed(tmp_path, cut):
+    Image.fromarray(waves(600, 800)).save(tmp_path / "a.jpg")
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(data[:-cut])
+    with pytest.raises(DataError, match="broken"):
+        read_picture(tmp_path / "a.jpg", shrink(600, 800, 96))

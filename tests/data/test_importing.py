@@ -11,8 +11,9 @@ from PIL import Image, ImageOps
 
 from gesso.data import rle
 from gesso.data.check import check
-from gesso.data.importing import TURNED, TURNED_UNTOLD, import_data
+from gesso.data.importing import import_data
 from gesso.data.index import Index
+from gesso.data.joining import TURNED, TURNED_UNTOLD
 from gesso.data.records import Rle
 from gesso.errors import DataError
 from gesso.label_space import LabelSpace

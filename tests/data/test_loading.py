@@ -14,14 +14,26 @@ import pytest
 import torch
 from PIL import Image
 
+from gesso.data.demo import DemoConfig, make_demo_classes
 from gesso.data.index import Index
 from gesso.data.index_writer import IndexWriter
 from gesso.data.loading import TrainingBatches, inference_batches, picture_batches, training_batches
-from gesso.data.records import CROWD, DIFFICULT, GROUP_OF, ImageBlock, Masks, ObjectBlock, Polygons, Source, Strings
+from gesso.data.records import (
+    CROWD,
+    DIFFICULT,
+    GROUP_OF,
+    ImageBlock,
+    Masks,
+    ObjectBlock,
+    Polygons,
+    Source,
+    Strings,
+    Verified,
+)
 from gesso.data.rle import encode
 from gesso.data.samples import Broken, Built, ImageSlots, TargetSlots, TrainingBuilder
 from gesso.data.sampling import BatchStream
-from gesso.data.transforms import Direct, InputConfig, KeepRatio
+from gesso.data.transforms import Direct, ImageNetCrop, InputConfig, KeepRatio
 from gesso.errors import ConfigError, DataError, InputError, TrainingError
 from gesso.label_space import LabelSpace
 from gesso.structures import Detections
@@ -316,7 +328,7 @@ def test_another_size_than_in_the_index_is_a_broken_picture(index, tmp_path):
     batches = inference_batches(index, DIRECT, batch_size=4)
     assert 0 not in {row for batch in batches for row in batch.image_index.tolist()}
     [(row, error)] = batches.broken
-    assert row == 0 and "33 x 44, in the index 96 x 96" in str(error)
+    assert row == 0 and "33 x 44, expected 96 x 96" in str(error)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -382,6 +394,86 @@ def test_pictures_of_any_size(tmp_path):
     assert [row for row, _ in batches.broken] == [5, 6]
     with pytest.raises(InputError, match="uint8"):
         next(picture_batches([np.zeros((5, 5), np.uint8)], KEEP, batch_size=1))
+
+
+def photographs(folder):
+    """Two JPEG files of 900 x 1203 pixels, the second turned by EXIF, with a bright box each, and an index of them."""
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i in range(2):
+        picture = np.full((900, 1203, 3), 60, np.uint8)
+        picture[300:600, 400:800] = (220, 180, 140)
+        stored = Image.fromarray(np.rot90(picture) if i else picture)
+        stored.save(folder / f"{i}.jpg", quality=95, **({"exif": exif} if i else {}))
+    writer = IndexWriter(folder / "index", SPACE, sources=[Source(name="a", root=str(folder))])
+    names = Strings.of(f"{i}.jpg" for i in range(2))
+    widths, heights = np.full(2, 1203, np.int32), np.full(2, 900, np.int32)
+    writer.add_images(ImageBlock(ids=np.arange(2), names=names, widths=widths, heights=heights))
+    boxes = np.array([[400, 300, 800, 600]] * 2, np.float32)
+    writer.add_objects(ObjectBlock(rows=np.arange(2), xyxy=boxes, labels=np.zeros(2, np.int64)))
+    return Index.open(writer.finish())
+
+
+@pytest.mark.parametrize("options", [KEEP, DIRECT, InputConfig(resize=ImageNetCrop(side=96))])
+def test_large_photographs_come_reduced_and_right(tmp_path, monkeypatch, options):
+    """Boxes lie where they do after full decoding, in training, evaluation and prediction, and pixels all but do."""
+    index = photographs(tmp_path / "d")
+    paths = [index.image_path(i) for i in range(2)]
+
+    def all_batches():
+        pairs = take(training_batches(index, options, seed=1, batch_size=2), 8)
+        inference = [*inference_batches(index, options, batch_size=2), *picture_batches(paths, options, batch_size=2)]
+        return pairs, inference
+
+    pairs, inference = all_batches()
+    assert torch.equal(inference[0].images, inference[1].images)
+    monkeypatch.setattr("gesso.data.decode.reduction", lambda placement: 1)
+    monkeypatch.setattr("gesso.data.loading.reduction", lambda placement: 1)
+    whole_pairs, whole_inference = all_batches()
+    changed = 0
+    found, expected = ([b for b, _ in p] + i for p, i in ((pairs, inference), (whole_pairs, whole_inference)))
+    for batch, whole in zip(found, expected, strict=True):
+        difference = (batch.images.int() - whole.images.int()).abs()
+        assert difference.float().mean() < 0.5 and difference.max() < 80  # half the step at an edge
+        assert all(torch.equal(getattr(batch, n), getattr(whole, n)) for n in vars(batch) if n != "images")
+        changed += int(difference.max()) > 0
+    assert changed >= 2
+    for (_, targets), (_, whole_targets) in zip(pairs, whole_pairs, strict=True):
+        assert torch.equal(targets.boxes, whole_targets.boxes)
+
+
+@pytest.mark.parametrize("resize", [Direct(side=64), KeepRatio(short_sides=(64,), long_side=96), ImageNetCrop(side=64)])
+def test_a_data_set_of_classes_needs_no_box(tmp_path, resize):
+    """As folders of classes are stored: a label a picture, verified, and nothing else."""
+    make_demo_classes(tmp_path / "c", DemoConfig(images=2, side=96), side=48)
+    paths = sorted((tmp_path / "c").rglob("*.png"))
+    names = sorted({path.parent.name for path in paths})
+    labels = np.array([names.index(path.parent.name) for path in paths])
+    source = Source(name="c", root=str(tmp_path / "c"), labelled=tuple(names))
+    writer = IndexWriter(tmp_path / "index", LabelSpace.from_names(names), sources=[source])
+    count = len(paths)
+    sides = np.full(count, 48, np.int32)
+    verified = Verified(offsets=np.arange(count + 1), labels=labels, states=np.ones(count, np.int8))
+    files = Strings.of(str(path.relative_to(tmp_path / "c")) for path in paths)
+    writer.add_images(ImageBlock(ids=np.arange(count), names=files, widths=sides, heights=sides, verified=verified))
+    index = Index.open(writer.finish())
+    options = InputConfig(resize=resize)
+    rows = set()
+    for workers in (0, 1):
+        batches = training_batches(index, options, seed=1, batch_size=4, max_boxes=3, mask_side=7, workers=workers)
+        for batch, targets in take(batches, 8):
+            assert targets.boxes.shape == (4, 3, 4) and targets.masks.shape == (4, 3, 7, 7)
+            assert not targets.boxes.any() and not targets.valid.any() and not targets.ignore.any()
+            expected = torch.full((4, len(names)), 2).scatter(
+                1, torch.from_numpy(labels)[batch.image_index][:, None], 1
+            )
+            assert torch.equal(targets.verified.long(), expected)
+            assert batch.images.flatten(1).any(1).all()
+            rows |= set(batch.image_index.tolist())
+    assert len(rows) > 3
+    seen = [row for batch in inference_batches(index, options, batch_size=4) for row in batch.image_index.tolist()]
+    assert sorted(row for row in seen if row >= 0) == list(range(count))
 
 
 def test_unknown_sizes_and_bad_numbers_are_refused(tmp_path, index):

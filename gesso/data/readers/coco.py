@@ -2,8 +2,10 @@
 
 Source: cocodataset.org/#format-data. Beside COCO's own keys the flags of ``records.FLAGS`` are read under their names,
 and ``height``, ``vis_ratio`` and ``score`` as further columns; an image's key ``semantic`` is the path of its semantic
-map, and LVIS's lists of category ids become verified labels. Category id 0 is legal; labels follow the rank of the
-category ids, never the place in the list, which differs between the files of some sets.
+map, and LVIS's lists of category ids become verified labels. Where an image names a ``mask_file`` (a picture of whole
+numbers in masks/), the mask of an annotation without ``segmentation`` are the pixels of its ``mask_value``. Category id
+0 is legal; labels follow the rank of the category ids, never the place in the list, which differs between the files of
+some sets.
 """
 
 import dataclasses
@@ -17,9 +19,10 @@ import numpy as np
 
 from gesso.data import rle
 from gesso.data.blocks import join_columns, join_masks, join_texts, lookup, take_images, take_objects
+from gesso.data.readers.coco_masks import NO_BOX, extent, masks_in_files, polygons
 from gesso.data.readers.json_stream import stream_arrays
 from gesso.data.readers.lvis import Lists, verdicts
-from gesso.data.records import FLAGS, Array, ImageBlock, Issue, Mask, Masks, ObjectBlock, Polygons, Reading, Strings
+from gesso.data.records import FLAGS, Array, ImageBlock, Issue, Mask, Masks, ObjectBlock, Reading, Strings
 from gesso.errors import DataError
 from gesso.label_space import LabelSpace
 
@@ -27,7 +30,6 @@ S = TypeVar("S", bound=msgspec.Struct)
 _FLOATS = ("height", "vis_ratio", "score")
 _FLAG_KEYS = {("iscrowd" if name == "crowd" else name): bit for name, bit in FLAGS.items()}
 _BITS = {"id": 63, "image_id": 63, "category_id": 63, "width": 31, "height": 31}
-_NO_BOX = (float("nan"),) * 4
 
 
 class _Image(msgspec.Struct, gc=False):
@@ -37,6 +39,7 @@ class _Image(msgspec.Struct, gc=False):
     height: int | None = None
     license: int | str | None = None
     semantic: str | None = None
+    mask_file: str | None = None
     neg_category_ids: list[int] | None = None
     not_exhaustive_category_ids: list[int] | None = None
 
@@ -70,6 +73,7 @@ class _Annotation(msgspec.Struct, gc=False):
     height: float | None = None
     vis_ratio: float | None = None
     score: float | None = None
+    mask_value: int | None = None
 
 
 _DECODERS: dict[str, Callable[[bytes], list[Any]]] = {
@@ -117,6 +121,8 @@ class _Parts:
         self.categories: list[_Category] = []
         self.images: list[ImageBlock] = []
         self.lists: dict[int, Lists] = {}
+        self.mask_files: dict[int, str] = {}
+        self.mask_values: list[Array] = []
         self.objects: list[ObjectBlock] = []
         self.image_ids: list[Array] = []
         self.category_ids: list[Array] = []
@@ -142,7 +148,7 @@ class _Parts:
         if isinstance(element, dict):
             bbox = element.get("bbox")
             if isinstance(bbox, list) and len(bbox) == 4 and None in bbox:
-                element = {**element, "bbox": [_NO_BOX[0] if value is None else value for value in bbox]}
+                element = {**element, "bbox": [NO_BOX[0] if value is None else value for value in bbox]}
             try:
                 return [msgspec.convert(element, _Annotation, strict=False)]
             except msgspec.ValidationError:
@@ -171,6 +177,7 @@ class _Parts:
             for i in images:
                 if i.neg_category_ids is not None or i.not_exhaustive_category_ids is not None:
                     self.lists.setdefault(i.id, Lists(i.neg_category_ids or (), i.not_exhaustive_category_ids or ()))
+        self.mask_files |= {i.id: i.mask_file for i in images if i.mask_file}
         paths = Strings.of([i.semantic or "" for i in images]) if b'"semantic"' in text else None
         block = ImageBlock(
             ids=np.fromiter([i.id for i in images], np.int64, count),
@@ -186,7 +193,7 @@ class _Parts:
         count = len(annotations)
         ids = np.fromiter([a.id for a in annotations], np.int64, count)
         masks = [self._mask(a) for a in annotations] if b'"segmentation"' in text else [None] * count
-        corners = [a.bbox or _extent(mask) for a, mask in zip(annotations, masks, strict=True)]
+        corners = [a.bbox or extent(mask) for a, mask in zip(annotations, masks, strict=True)]
         flat = np.fromiter(itertools.chain.from_iterable(corners), np.float64, 4 * count)
         xyxy = flat.reshape(-1, 4)
         xyxy[:, 2:] += xyxy[:, :2]
@@ -200,6 +207,7 @@ class _Parts:
         for key in _FLOATS:
             if f'"{key}"'.encode() in text:
                 columns[key] = _floats([getattr(a, key) for a in annotations])
+        self.mask_values.append(np.fromiter([a.mask_value or 0 for a in annotations], np.int64, count))
         self.image_ids.append(np.fromiter([a.image_id for a in annotations], np.int64, count))
         self.category_ids.append(np.fromiter([a.category_id for a in annotations], np.int64, count))
         with np.errstate(over="ignore"):
@@ -229,7 +237,7 @@ class _Parts:
                 counts = found.counts
                 runs = rle.uncompress(counts.encode()) if isinstance(counts, str) else np.array(counts, np.int64)
                 return rle.from_counts(runs, (height, width))
-            return _polygons(found)
+            return polygons(found)
         except (DataError, OverflowError, UnicodeEncodeError) as error:
             self._note(annotation.image_id, annotation.id, "mask cannot be read", "mask dropped", str(error))
             return None
@@ -250,6 +258,10 @@ class _Parts:
         objects = dataclasses.replace(objects, rows=rows.astype(np.int32))
         if len(unknown):
             objects = take_objects(objects, np.flatnonzero(rows >= 0))
+        if self.mask_files:
+            values = np.concatenate(self.mask_values)[rows >= 0]
+            objects, lost = masks_in_files(self.path.parent, images, self.mask_files, objects, values)
+            self.issues.extend(lost)
         if self.lists:
             checked = verdicts(self.lists, images.ids, objects.rows, objects.labels, category_ids, where=self.path)
             images = dataclasses.replace(images, verified=checked)
@@ -352,36 +364,8 @@ def _id(value: Any) -> int | None:
     return value if isinstance(value, int) and -(1 << 63) <= value < 1 << 63 else None
 
 
-def _extent(mask: Mask) -> tuple[float, float, float, float]:
-    """x, y, width and height of a mask, whose pixels are not drawn for it; NaN where it is empty or none."""
-    if isinstance(mask, Polygons):
-        points = np.concatenate(mask.rings).astype(np.float64)
-        low, high = points.min(0), points.max(0)
-    elif mask is not None and rle.area(mask):
-        counts = rle.uncompress(mask.counts)
-        ends = np.cumsum(counts)
-        first_and_last = np.stack((ends[:-1:2], ends[1::2] - 1))[:, counts[1::2] > 0]
-        x, y = np.divmod(first_and_last, mask.size[0])
-        # Pixels are counted column by column: a run that goes on in the next column fills both to the border.
-        longer = x[0] != x[1]
-        y[0, longer], y[1, longer] = 0, mask.size[0] - 1
-        low, high = np.array((x.min(), y.min())), np.array((x.max(), y.max())) + 1
-    else:
-        return _NO_BOX
-    return (*low.tolist(), *(high - low).tolist())
-
-
 def _floats(values: list[float | None]) -> Array:
     return np.array(values, np.float64).astype(np.float32)
-
-
-def _polygons(rings: list[list[float]]) -> Polygons | None:
-    """The rings that are rings. DataError where there are values but no ring."""
-    whole = [np.array(ring, np.float32).reshape(-1, 2) for ring in rings if len(ring) >= 6 and len(ring) % 2 == 0]
-    whole = [ring for ring in whole if np.isfinite(ring).all()]
-    if not whole and any(rings):
-        raise DataError("no ring has at least three points")
-    return Polygons(tuple(whole)) if whole else None
 
 
 def _roots(path: Path, split: str) -> tuple[Path, ...]:

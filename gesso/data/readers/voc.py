@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from gesso.data.known_spaces import known_space
 from gesso.data.pictures import SUFFIXES
 from gesso.data.readers.ids import stable_ids
 from gesso.data.records import DIFFICULT, OCCLUDED, TRUNCATED, ImageBlock, Issue, ObjectBlock, Reading, Strings
@@ -44,7 +45,8 @@ def read_voc(folder: Path, *, split: str = "", progress: Callable[[int], None] |
     """Reads the VOC folder; ``progress`` is told the number of files read.
 
     Categories are in the order of their names; an image's id is a hash of its file name. The picture of x.xml is the
-    one that is called x; only where there is none, the file's ``filename`` counts.
+    one that is called x; only where there is none, the file's ``filename`` counts. Semantic maps in SegmentationClass
+    are numbered by VOC's 20 classes: they are kept where all names are among these, which are then the categories.
 
     Raises:
         DataError: the list of the split is missing, or holds no picture with annotations.
@@ -173,14 +175,23 @@ def _whole(text: str | None) -> int:
 def _columns(folder: Path, split: str, folders: list[Path], pictures: list[_Picture], issues: list[Issue]) -> Reading:
     objects = [one for picture in pictures for one in picture.objects]
     spellings = {normalise(one.name): one.name for one in reversed(objects)}
+    maps = [Path("SegmentationClass", Path(picture.name).stem + ".png") for picture in pictures]
+    root = next((place for place in folders if place.name in ("JPEGImages", "images")), folder)
+    semantic = [str(Path("..", name)) if root != folder and (folder / name).is_file() else "" for name in maps]
+    if any(semantic):
+        voc = {normalise(name): name for name in known_space("voc").names}
+        if spellings.keys() <= voc.keys():
+            spellings = voc
+        else:
+            semantic = [""] * len(pictures)
+            other = next(name for key, name in spellings.items() if key not in voc)
+            what = "semantic maps are numbered by VOC's 20 classes"
+            issues.append(Issue("", None, what, "maps left out", f"'{other}' is none of them"))
     space = LabelSpace.from_names(spellings[key] for key in sorted(spellings))
     labels = {key: label for label, key in enumerate(sorted(spellings))}
     counts = [len(picture.objects) for picture in pictures]
     total = len(objects)
     numbers = np.concatenate([np.zeros(0, np.int64), *(np.arange(1, count + 1) for count in counts)])
-    maps = [Path("SegmentationClass", Path(picture.name).stem + ".png") for picture in pictures]
-    root = next((place for place in folders if place.name in ("JPEGImages", "images")), folder)
-    semantic = [str(Path("..", name)) if root != folder and (folder / name).is_file() else "" for name in maps]
     with np.errstate(over="ignore"):
         xyxy = np.array([one.xyxy for one in objects], np.float32).reshape(-1, 4)
     return Reading(

@@ -35,6 +35,40 @@ def test_of_coco_annotations_the_instances_are_taken(tmp_path):
     assert kinds(tmp_path) == [("coco", "")]
 
 
+def test_json_of_labels_of_whole_pictures_is_no_coco(tmp_path):
+    labels = json.dumps({"classes": [{"id": 0, "name": "a"}], "images": [{"id": 1, "label": 0}]})
+    put(tmp_path, val_DOT_json=labels, images__val__a__1_DOT_jpg="x", images__val__b__1_DOT_jpg="x")
+    assert kinds(tmp_path) == [("folder", "val")]
+    put(tmp_path, val_DOT_json=json.dumps({"classes": [{"id": 0}], "images": [], "annotations": []}))
+    assert kinds(tmp_path) == [("coco", "")]
+
+
+def test_folders_of_pictures_alone_are_taken_last(tmp_path):
+    put(tmp_path, images__a__1_DOT_jpg="x", images__b__2_DOT_jpg="x")
+    assert kinds(tmp_path) == [("folder", "")]
+    put(tmp_path, masks__a__1_DOT_png="x")
+    assert kinds(tmp_path) == [("masks", "")]
+    assert kinds(tmp_path, format="folder") == [("folder", "")]
+    put(tmp_path, val_DOT_json=COCO)
+    assert kinds(tmp_path) == [("coco", "")]
+    assert kinds(tmp_path, format="masks") == [("masks", "")]
+
+
+def test_a_mat_file_is_of_citypersons(tmp_path):
+    put(tmp_path, annotations__anno_val_DOT_mat="x", anno_train_DOT_mat="x")
+    assert kinds(tmp_path) == [("citypersons", "train"), ("citypersons", "val")]
+    assert kinds(tmp_path / "anno_train.mat") == [("citypersons", "")]
+    with pytest.raises(DataError, match="format of this file is not known"):
+        detect(tmp_path / "anno_train.mat", "coco")
+
+
+@pytest.mark.parametrize("format", ["citypersons", "sun397", "flowers102", "masks", "folder", "yolo"])
+def test_a_format_that_is_not_there(tmp_path, format):
+    put(tmp_path, x_DOT_txt="x")
+    with pytest.raises(DataError, match=r"holds no annotations: found x\.txt\. Sought: "):
+        detect(tmp_path, format)
+
+
 def test_several_formats_need_a_choice(tmp_path):
     put(tmp_path, val_DOT_json=COCO, Annotations__a_DOT_xml="<annotation/>")
     with pytest.raises(DataError, match=r"several formats \(coco, voc\).*--format"):

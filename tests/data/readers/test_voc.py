@@ -140,14 +140,25 @@ def test_occluded(folder, tmp_path):
     assert index.known_flags[-2:].tolist() == [DIFFICULT | OCCLUDED] * 2
 
 
-def test_semantic_maps(folder, tmp_path):
+def test_semantic_maps_are_numbered_by_the_20_classes(folder, tmp_path):
     maps = folder / "SegmentationClass"
     maps.mkdir()
-    Image.new("L", (40, 30)).save(maps / "b.png")
+    Image.new("L", (40, 30), 12).save(maps / "b.png")
     import_data(folder, tmp_path / "i")
     index = Index.open(tmp_path / "i")
     assert [index.semantic_path(row) is None for row in range(3)] == [True, False, True]
     assert index.semantic_path(1).samefile(maps / "b.png")
+    assert len(index.label_space) == 20 and index.label_space.names[12 - 1] == "dog"
+    assert {index.label_space.names[label] for label in index.labels} == {"cat", "dog"}
+
+
+def test_semantic_maps_of_other_classes_are_left_out(folder, tmp_path):
+    write(folder, "d", ("raccoon", (1, 1, 9, 9), 0, ""))
+    (folder / "SegmentationClass").mkdir()
+    Image.new("L", (40, 30), 1).save(folder / "SegmentationClass" / "b.png")
+    issues = import_data(folder, tmp_path / "i").issues
+    assert issues.items() >= {("semantic maps are numbered by VOC's 20 classes", 1)}
+    assert Index.open(tmp_path / "i").semantic is None
 
 
 @pytest.mark.parametrize("width", [99999999999, 2**31, "1e400", "nan", "wide", "-4", ""])
