@@ -17,11 +17,31 @@ import msgspec
 import numpy as np
 
 from gesso.data.index import Index
-from gesso.data.records import IGNORED, Array
+from gesso.data.records import CROWD, DIFFICULT, IGNORE, IGNORED, Array
 from gesso.errors import DataError
 from gesso.evaluation.masks import check, to_coco
 
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Details:
+    """What VOC's AP and the miss rate ask of the M objects beside COCO's fields.
+
+    A file's floats are float64, an index's float32: compare them with Python's floats, which numpy then takes to the
+    same type, so that a ratio of 0.65 is not below 0.65 in either.
+
+    Attributes:
+        difficult: (M,) bool, VOC's flag.
+        ignore: (M,) bool, the field ``ignore`` or ``iscrowd``.
+        heights: (M,) float pixels of the whole body (the field ``height``); of the box where there is no such field.
+        vis_ratios: (M,) float, the visible share of the area (the field ``vis_ratio``); NaN where there is none.
+    """
+
+    difficult: Array
+    ignore: Array
+    heights: Array
+    vis_ratios: Array
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +59,7 @@ class GroundTruth:
         areas: (M,) float64, of the masks where there are masks.
         crowd: (M,) bool: never positive, and what lies in it is no false positive.
         segmentations: M segmentations in COCO's form, or None where they were not read.
+        details: further fields, or None where they were not read.
         where: the file or folder, for messages.
     """
 
@@ -52,6 +73,7 @@ class GroundTruth:
     areas: Array
     crowd: Array
     segmentations: list[Any] | None = None
+    details: Details | None = None
     where: str = "ground truth"
 
     def __len__(self) -> int:
@@ -100,6 +122,13 @@ class _Annotation(msgspec.Struct, gc=False):
     iscrowd: int | bool | None = 0
 
 
+class _DetailedAnnotation(_Annotation, gc=False):
+    difficult: int | bool | None = 0
+    ignore: int | bool | None = 0
+    height: float | None = None
+    vis_ratio: float | None = None
+
+
 class _MaskAnnotation(_Annotation, gc=False):
     segmentation: Any = None
 
@@ -110,48 +139,64 @@ class _File(msgspec.Struct, gc=False):
     categories: list[_Category]
 
 
+class _DetailedFile(msgspec.Struct, gc=False):
+    images: list[_Image]
+    annotations: list[_DetailedAnnotation]
+    categories: list[_Category]
+
+
 class _MaskFile(msgspec.Struct, gc=False):
     images: list[_Image]
     annotations: list[_MaskAnnotation]
     categories: list[_Category]
 
 
-def load_ground_truth(source: str | Path | Index | GroundTruth, *, masks: bool = False) -> GroundTruth:
+def load_ground_truth(
+    source: str | Path | Index | GroundTruth, *, masks: bool = False, details: bool = False
+) -> GroundTruth:
     """The ground truth in a COCO file or an index (its folder, or open).
 
     Args:
         source: where it is; a ``GroundTruth`` is given back as it is.
         masks: read the masks too.
+        details: read the further fields too (``Details``), which takes longer; of a COCO file not beside ``masks``.
 
     Raises:
-        DataError: see ``read_coco`` and ``from_index``; or ``masks`` are asked for and a ``GroundTruth`` has none.
+        DataError: see ``read_coco`` and ``from_index``; or a ``GroundTruth`` has not what is asked for.
     """
     if isinstance(source, GroundTruth):
         if masks and source.segmentations is None:
             raise DataError("it was read without masks", where=source.where, remedy="Read it with masks=True.")
+        if details and source.details is None:
+            raise DataError("it was read without details", where=source.where, remedy="Read it with details=True.")
         return source
     if isinstance(source, Index):
-        return from_index(source, masks=masks)
-    return from_index(Index.open(source), masks=masks) if Path(source).is_dir() else read_coco(source, masks=masks)
+        return from_index(source, masks=masks, details=details)
+    if Path(source).is_dir():
+        return from_index(Index.open(source), masks=masks, details=details)
+    return read_coco(source, masks=masks, details=details)
 
 
-def read_coco(path: str | Path, *, masks: bool = False) -> GroundTruth:
+def read_coco(path: str | Path, *, masks: bool = False, details: bool = False) -> GroundTruth:
     """Reads a COCO annotation file. File names are not needed, category id 0 is legal.
 
     Args:
         path: the JSON file.
         masks: read ``segmentation`` too; every annotation must have one then, and needs no box.
+        details: read ``difficult``, ``ignore``, ``height`` and ``vis_ratio`` too; not beside ``masks``.
 
     Raises:
         DataError: the file is missing, breaks off, or lacks a key; an annotation is on an unknown image, of an unknown
             category, without a box (a mask), or not finite; two categories share an id.
     """
+    assert not (masks and details), "nothing needs both"
     path = Path(path)
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(error.strerror or str(error), where=path, remedy="Check the path.") from error
-    file = _decode(path, data, _MaskFile) if masks else _decode(path, data, _File)
+    kind: type[_File | _DetailedFile | _MaskFile] = _MaskFile if masks else _DetailedFile if details else _File
+    file = _decode(path, data, kind)
     image_ids, first = np.unique(_ints(path, "id", (i.id for i in file.images)), return_index=True)
     sizes = np.array([(i.height or 0, i.width or 0) for i in file.images], np.float64).reshape(-1, 2)
     sizes = sizes[first].astype(np.int64)
@@ -180,6 +225,7 @@ def read_coco(path: str | Path, *, masks: bool = False) -> GroundTruth:
     _require(path, np.isfinite(areas), "area")
     xywh = np.nan_to_num(xywh) if masks else xywh
     _require(path, np.isfinite(xywh).all(1), "finite bbox")
+    crowd = np.array([bool(a.iscrowd) for a in annotations], bool)
     return GroundTruth(
         image_ids=image_ids,
         sizes=sizes,
@@ -189,18 +235,32 @@ def read_coco(path: str | Path, *, masks: bool = False) -> GroundTruth:
         labels=labels,
         xywh=xywh,
         areas=areas,
-        crowd=np.array([bool(a.iscrowd) for a in annotations], bool),
+        crowd=crowd,
         segmentations=segmentations,
+        details=_details(path, file.annotations, crowd, xywh) if isinstance(file, _DetailedFile) else None,
         where=str(path),
     )
 
 
-def from_index(index: Index, *, masks: bool = False, ignored: int = IGNORED) -> GroundTruth:
+def _details(path: Path, annotations: Sequence[_DetailedAnnotation], crowd: Array, xywh: Array) -> Details:
+    given = np.array([np.nan if a.height is None else a.height for a in annotations], np.float64)
+    heights = np.where(np.isnan(given), xywh[:, 3], given)
+    _require(path, np.isfinite(heights), "finite height")
+    return Details(
+        difficult=np.array([bool(a.difficult) for a in annotations], bool),
+        ignore=crowd | np.array([bool(a.ignore) for a in annotations], bool),
+        heights=heights,
+        vis_ratios=np.array([np.nan if a.vis_ratio is None else a.vis_ratio for a in annotations], np.float64),
+    )
+
+
+def from_index(index: Index, *, masks: bool = False, details: bool = False, ignored: int = IGNORED) -> GroundTruth:
     """The ground truth of an index. Its boxes and areas are float32 and were repaired at import.
 
     Args:
         index: the data set; its label space numbers the labels.
         masks: give the masks too; every object must have one then.
+        details: give the further fields too: flags and the columns ``height`` and ``vis_ratio``.
         ignored: objects with any of these flag bits count as crowd: never positive, and a detection that lies in one
             (by its own area) is no false positive.
 
@@ -239,7 +299,21 @@ def from_index(index: Index, *, masks: bool = False, ignored: int = IGNORED) -> 
         areas=np.asarray(index.areas, np.float64),
         crowd=(np.asarray(index.flags) & ignored) != 0,
         segmentations=segmentations,
+        details=_index_details(index) if details else None,
         where=str(index.path),
+    )
+
+
+def _index_details(index: Index) -> Details:
+    nothing = np.full(index.num_boxes, np.nan, np.float32)
+    flags, columns = np.asarray(index.flags), index.object_columns
+    boxes = np.asarray(index.boxes).reshape(-1, 4)
+    heights = np.asarray(columns.get("height", nothing))
+    return Details(
+        difficult=(flags & DIFFICULT) != 0,
+        ignore=(flags & (IGNORE | CROWD)) != 0,
+        heights=np.where(np.isnan(heights), boxes[:, 3] - boxes[:, 1], heights),
+        vis_ratios=np.asarray(columns.get("vis_ratio", nothing)),
     )
 
 

@@ -1,8 +1,7 @@
-"""From a detector and batches to a table of detections."""
+"""From a model and batches to predictions: of a detector, a table of detections."""
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -43,14 +42,9 @@ def predict(
         makes masks. Ordered by image id, then falling score.
     """
     tables: list[DetectionTable] = []
-    kind = torch.device(device).type
-    with _inference(detector), torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16"):
-        for batch in batches:
-            there = to_device(batch, device)
-            found: Detections = detector(there)
-            tables.append(_table(batch, found.to_original(there), image_ids))
-            if progress is not None:
-                progress(int((batch.image_index >= 0).sum()))
+    for batch, found in outputs(detector, batches, device=device, precision=precision, progress=progress):
+        there = to_device(batch, device)
+        tables.append(_table(batch, found.to_original(there), image_ids))
     return DetectionTable.concatenate(tables).ordered()
 
 
@@ -82,13 +76,28 @@ def _gathered_masks(masks: Masks) -> Masks:
     return Masks(kinds=kinds, offsets=offsets, part_offsets=part_offsets, data=data)
 
 
-@contextlib.contextmanager
-def _inference(detector: nn.Module) -> Iterator[None]:
-    training = [module for module in detector.modules() if module.training]
-    detector.eval()
+def outputs(
+    model: nn.Module,
+    batches: Iterable[ImageBatch],
+    *,
+    device: torch.device | str,
+    precision: Precision = "float32",
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[ImageBatch, Any]]:
+    """Each batch, on the CPU, with what the model says of it, on the device; arguments as of ``predict``.
+
+    The model runs in inference mode and is left as it was (training or not) once all batches are through.
+    """
+    training = [module for module in model.modules() if module.training]
+    kind = torch.device(device).type
+    model.eval()
     try:
-        with torch.inference_mode():
-            yield
+        for batch in batches:
+            with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16"):
+                found = model(to_device(batch, device))
+            yield batch, found
+            if progress is not None:
+                progress(int((batch.image_index >= 0).sum()))
     finally:
         for module in training:
             module.training = True
