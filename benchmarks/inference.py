@@ -85,7 +85,7 @@ def ours(
     detector = build_detector(config, detectors.CLASSES)
     detector.load_state_dict(to_ours(peer.state_dict(), config), strict=False)
     ready = TrainedDetector(
-        detector=detector.to(device).eval(),
+        model=detector.to(device).eval(),
         label_space=LabelSpace.from_names(str(k) for k in range(detectors.CLASSES)),
         input=InputConfig(resize=KeepRatio(short_sides=(given.short,), long_side=given.long)),
         device=device,

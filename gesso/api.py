@@ -12,7 +12,8 @@ from gesso.label_space import LabelSpace
 from gesso.recipes.catalog import make_config
 from gesso.run.config import RunConfig
 from gesso.run.from_torchvision import from_torchvision, to_torchvision
-from gesso.run.predictor import Predictions, TrainedDetector, load_run
+from gesso.run.models import load_detector
+from gesso.run.predictor import Predictions, TrainedDetector
 from gesso.run.session import RunResult
 from gesso.run.train import train as train_config
 
@@ -64,4 +65,4 @@ def train(
 
 def load(run: str | Path, *, device: str = "auto") -> TrainedDetector:
     """A run's detector, ready for ``.predict(pictures)``. RunError where there is no such run or checkpoint."""
-    return load_run(Path(run), device=device)
+    return load_detector(Path(run), device=device)

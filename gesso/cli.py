@@ -25,15 +25,24 @@ HELP = """usage: gesso COMMAND ... [--help]
 Pre-trains object detectors, transfers them to your task, and shows why that helped.
 
   demo                            the main job on embedded data; writes runs/demo/report.html
-  data import SOURCE --out INDEX  reads COCO JSON, VOC XML or YOLO into an index
+  data import SOURCE --out INDEX  reads boxes, classes or maps in any of 8 formats into an index
   data check SOURCE               finds what is wrong with a data set; exit code 1 if anything is
   data stats INDEX                counts images, boxes and classes
   data split INDEX --out DIR      divides an index into train, val and test
+  data select INDEX --out NEW     takes some classes or some images
   data export INDEX --out DIR     writes COCO, VOC or YOLO back
   train RECIPE --out RUN          trains; --resume goes on, --gpus N starts N processes
-  evaluate RUN --data INDEX       COCO metrics of a run on an index
-  predict RUN PICTURE... --out D  detections and drawn pictures
+  transfer RUN --data INDEX ...   fine-tunes a run's weights for other data
+  transfer matrix ...             pre-trainings x targets x parts x seeds: did it pay?
+  transfer probe RUN --data INDEX ...  linear classifiers on the frozen features of a run
+  evaluate RUN --data INDEX       scores of a run on an index
+  predict RUN PICTURE... --out D  detections, maps or classes, and drawn pictures
   score coco --gt FILE --dt FILE  COCO metrics of any pair of files
+  score voc --gt FILE --dt FILE   PASCAL VOC's AP, over all points or 11
+  score miss-rate --gt F --dt F   log-average miss rate of pedestrians
+  score miou --gt DIR --dt DIR    mean IoU of label maps
+  score top1 --gt CSV --dt CSV    accuracy of the first guess, and of the first five
+  plan memory RECIPE --memory M   which resolutions and batches fit a card, and what they cost
   plan scaling RECIPE --run RUN   predicts hours and efficiency on 1 to 1,024 GPUs
   plan bench [RECIPE]             measures efficiency over the processes at hand
   debug replay FILE               repeats a step that was not finite, and names the module
@@ -48,11 +57,20 @@ COMMANDS = {
     "data check": "data:check_",
     "data stats": "data:stats",
     "data split": "data:split_",
+    "data select": "data:select_",
     "data export": "data:export_",
     "train": "runs:train_",
+    "transfer": "transfer:transfer",
+    "transfer matrix": "transfer:matrix",
+    "transfer probe": "transfer:probe_",
     "evaluate": "runs:evaluate",
-    "predict": "runs:predict",
+    "predict": "predict:predict",
     "score coco": "score:coco",
+    "score voc": "score:voc",
+    "score miss-rate": "score:miss_rate",
+    "score miou": "score:miou",
+    "score top1": "score:top1",
+    "plan memory": "plan_memory:memory",
     "plan scaling": "plan:scaling",
     "plan bench": "plan:bench_",
     "debug replay": "debug:replay_",

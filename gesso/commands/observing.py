@@ -69,3 +69,16 @@ def run_stages(config_stages: list[tuple[str, int]], *, embedded: bool, prefix: 
 def job_progress(stages: list[Stage]) -> JobProgress:
     """The line of a job; of several processes only the first draws or logs it."""
     return JobProgress(stages, console=Console(file=io.StringIO()) if launch.rank() else None)
+
+
+class PictureCounter:
+    """Adds up the pictures of each batch and moves the line."""
+
+    def __init__(self, job: JobProgress, name: str, total: int) -> None:
+        self._job, self._total, self._done = job, total, 0
+        job.begin(name)
+
+    def __call__(self, count: int) -> None:
+        """So many more pictures are done."""
+        self._done += count
+        self._job.update(done=self._done, total=self._total)

@@ -149,11 +149,11 @@ def cell(value: object) -> str:
 
 
 def scores_text(scores: dict[str, Any]) -> str:
-    """The twelve COCO numbers, those of masks beside them where there are any, and the AP of each class: two tables."""
+    """The scores, those of masks beside those of boxes where there are any, and the first of each class: two tables."""
     numbers = {key: value for key, value in scores.items() if isinstance(value, float)}
     masks = {key.removeprefix(_MASK): numbers.pop(key) for key in list(numbers) if key.startswith(_MASK)}
     columns = ("score", "boxes", "masks") if masks else ("score", "value")
     rows = [(key, value, *([masks.get(key)] if masks else [])) for key, value in numbers.items()]
     totals = table(columns, rows)
     classes = sorted(scores["by_class"].items(), key=lambda item: -item[1])
-    return f"{totals}\n\n{table(('class', 'AP'), classes)}"
+    return f"{totals}\n\n{table(('class', next(iter(numbers))), classes)}"

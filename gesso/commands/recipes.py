@@ -11,10 +11,10 @@ from tyro.conf import Positional
 from gesso.commands.parsing import Result, option_value, parse, table
 from gesso.config import digest, flatten, from_dict, to_dict
 from gesso.errors import GessoError
-from gesso.models.build import DetectorConfig
+from gesso.models.build import ModelConfig
 from gesso.recipes.catalog import Recipe, all_recipes, make_config
 from gesso.run.config import RunConfig
-from gesso.run.predictor import new_detector
+from gesso.run.models import new_model
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def recipes(words: list[str]) -> Result:
     """``gesso recipes``."""
     given = parse(RecipesArguments, words, "recipes")
     rows = []
-    built: set[DetectorConfig] = set()
+    built: set[ModelConfig] = set()
     for name, recipe in all_recipes().items():
         line = (inspect.getdoc(recipe) or "").splitlines()[0]
         rows.append((name, *([_check(recipe, built)] if given.check else []), line))
@@ -43,13 +43,13 @@ def recipes(words: list[str]) -> Result:
     return Result(table(columns, rows), data if given.json else None, 1 if failed else 0)
 
 
-def _check(recipe: Recipe, built: set[DetectorConfig]) -> str:
+def _check(recipe: Recipe, built: set[ModelConfig]) -> str:
     """What is wrong with a recipe, or ok; each detector is built once, without a download."""
     try:
         config = recipe()
         same = digest(from_dict(RunConfig, to_dict(config))) == digest(config)
         if config.model not in built:
-            new_detector(config, 2, pretrained=False)
+            new_model(config, 2, pretrained=False)
             built.add(config.model)
     except GessoError as error:
         return str(error)
@@ -91,11 +91,11 @@ class _RecipeName:
 
 
 def steps_before_epochs(config: RunConfig, words: list[str]) -> RunConfig:
-    """The recipe's configuration without the epochs of a stage whose steps the ``words`` give."""
+    """The recipe's configuration without what the ``words`` replace: they say how long a stage is in another way."""
     changed: dict[str, Any] = {
-        name: dataclasses.replace(stage, epochs=None)
+        name: dataclasses.replace(stage, epochs=None, images=None)
         for name, stage in config.stages()
-        if option_value(words, f"--{name}.steps") is not None
+        if any(option_value(words, f"--{name}.{way}") is not None for way in ("steps", "epochs", "images"))
     }
     return dataclasses.replace(config, **changed)
 

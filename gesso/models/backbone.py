@@ -12,10 +12,12 @@ from typing import Any, Literal
 import timm
 import torch
 from timm.models import is_model_in_modules
+from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
 from gesso.errors import ConfigError, nearest
 from gesso.log import get_logger
+from gesso.models.norm import PolicyBatchNorm2d
 from gesso.models.plain_transformer import PlainTransformer, is_plain_transformer
 from gesso.models.stages import StageMarks, freeze, make_atrous, make_deformable, set_norm_eps
 
@@ -63,6 +65,9 @@ class BackboneConfig:
     norm_eps: float | None = None
     """Epsilon of all batch norms; none = the network's own, mostly 1e-5. torchvision's published detectors were
     trained with 0.0, which torch only computes where batch norm does not train (the norm kinds affine and fixed)."""
+    stride_in_1x1: bool = False
+    """A bottleneck of a ResNet has its stride in the first convolution, of 1x1, as in the paper and in the weights that
+    detectron2 publishes; timm and torchvision have it in the 3x3 one."""
     deformable_stages: tuple[int, ...] = ()
     """Stages, of 1 (C2) to 4 (C5), whose 3x3 convolutions are deformable, shortcuts aside. They start as the plain
     ones, with the same weights."""
@@ -117,7 +122,10 @@ class Backbone(nn.Module):
         self.mean: tuple[float, ...] = tuple(cfg.mean) if cfg else timm.data.IMAGENET_DEFAULT_MEAN
         self.std: tuple[float, ...] = tuple(cfg.std) if cfg else timm.data.IMAGENET_DEFAULT_STD
         self._adapt(config)
-        self.frozen: list[str] = freeze(self.body, self._marks(), config.frozen_stages)
+        self._fixed = {name for name, value in self.body.named_parameters() if not value.requires_grad}
+        self._frozen_stages = config.frozen_stages
+        self.frozen: list[str] = []
+        self.freeze()
         self._try_out(config.name)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -126,6 +134,21 @@ class Backbone(nn.Module):
         if self.channels_come_last:
             maps = [m.permute(0, 3, 1, 2) for m in maps]
         return {name: maps[at] for name, at in self.index.items()}
+
+    def freeze(self, stages: int | None = None) -> None:
+        """Freezes as many stages as ``BackboneConfig.frozen_stages`` says, or others, and trains the rest.
+
+        A batch norm that follows a policy is told whether its weights may be trained; call it before the next policy.
+        """
+        for name, value in self.body.named_parameters():
+            value.requires_grad_(name not in self._fixed)
+        self.frozen = freeze(
+            self.body, self._marks(), self._frozen_stages if stages is None else stages
+        )
+        for module in self.body.modules():
+            if isinstance(module, PolicyBatchNorm2d):
+                module.trained = module.weight.requires_grad
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> "Backbone":
         """As ``nn.Module.train``, but frozen stages stay in evaluation mode (batch norm, drop path)."""
@@ -160,6 +183,11 @@ class Backbone(nn.Module):
         if config.norm_eps is not None and not set_norm_eps(self.body, config.norm_eps):
             raise ConfigError(
                 f"backbone.norm_eps is set, but '{config.name}' has no batch norm", remedy="Leave it out."
+            )
+        if config.stride_in_1x1 and not _move_strides(self.body):
+            raise ConfigError(
+                f"backbone.stride_in_1x1 is set, but '{config.name}' has no bottleneck with its stride in the 3x3",
+                remedy="Leave it out, or choose a residual network such as resnet50 with an output stride of 32.",
             )
         if _dilates_itself(config):
             rate = 1
@@ -216,6 +244,14 @@ class Backbone(nn.Module):
 
 def _last(values: list[int], wanted: int) -> int:
     return len(values) - 1 - values[::-1].index(wanted)
+
+
+def _move_strides(body: nn.Module) -> int:
+    """Moves the stride of each bottleneck from its 3x3 convolution to the 1x1 before, in place; returns how many."""
+    strided = [block for block in body.modules() if isinstance(block, Bottleneck) and block.conv2.stride != (1, 1)]
+    for block in strided:
+        block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
+    return len(strided)
 
 
 def _dilates_itself(config: BackboneConfig) -> bool:

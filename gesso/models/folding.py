@@ -1,4 +1,4 @@
-"""A copy of a detector for inference alone, whose batch norms are folded into the convolutions before them.
+"""A copy of a model for inference alone, whose batch norms are folded into the convolutions before them.
 
 In evaluation a batch norm is a factor and a shift of each channel, which the weights of the convolution can carry: one
 pass less over every map. The source is Jacob et al. 2018, section 3.2 (there for quantisation).
@@ -6,14 +6,16 @@ pass less over every map. The source is Jacob et al. 2018, section 3.2 (there fo
 
 import copy
 from collections import Counter
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from gesso.models.detector import Detector
+from gesso.models.model import Model
 from gesso.structures import ImageBatch
 
+T = TypeVar("T", bound=Model)
 _TRIAL = (64, 96)
 _TOLERANCE = 1e-3
 
@@ -33,14 +35,14 @@ class _Rest(nn.Module):
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def fold_batch_norm(detector: Detector) -> Detector:
-    """A copy in evaluation mode that gives the same detections up to rounding, with fewer passes.
+def fold_batch_norm(model: T) -> T:
+    """A copy in evaluation mode that gives the same predictions up to rounding, with fewer passes.
 
-    Which convolution stands before which norm is seen in a trial on a small picture of noise. Where the maps of
-    backbone and neck are no longer the same, as when a convolution's output is read elsewhere too, the copy is not
+    Which convolution stands before which norm is seen in a trial on a small picture of noise. Where its
+    maps are no longer the same, as when a convolution's output is read elsewhere too, the copy is not
     folded.
     """
-    plain = copy.deepcopy(detector).eval()
+    plain = copy.deepcopy(model).eval()
     batch = _noise(plain)
     pairs = _pairs(plain, batch)
     if not pairs:
@@ -56,7 +58,7 @@ def fold_batch_norm(detector: Detector) -> Detector:
     return folded if same else plain
 
 
-def _pairs(detector: Detector, batch: ImageBatch) -> list[tuple[str, str]]:
+def _pairs(model: Model, batch: ImageBatch) -> list[tuple[str, str]]:
     """(convolution, norm) by name, where the norm's input is the convolution's output and both run together only."""
     made: dict[int, tuple[str, Tensor]] = {}
     found: list[tuple[str, str]] = []
@@ -72,21 +74,21 @@ def _pairs(detector: Detector, batch: ImageBatch) -> list[tuple[str, str]]:
             found.append((made[id(given)][0], name))
 
     hooks = []
-    for name, module in detector.named_modules():
+    for name, module in model.named_modules():
         if type(module) is nn.Conv2d:
             hooks.append(module.register_forward_hook(lambda _, __, out, name=name: after_conv(name, out)))
         elif isinstance(module, nn.BatchNorm2d) and module.affine and module.track_running_stats:
             hooks.append(module.register_forward_pre_hook(lambda _, given, name=name: before_norm(name, given[0])))
-    detector(batch)
+    model(batch)
     for hook in hooks:
         hook.remove()
     times = Counter(found)
     return [pair for pair in times if runs[pair[0]] == runs[pair[1]] == times[pair]]
 
 
-def _replace(detector: nn.Module, name: str, module: nn.Module) -> None:
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, last = name.rpartition(".")
-    setattr(detector.get_submodule(parent), last, module)
+    setattr(model.get_submodule(parent), last, module)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -94,9 +96,9 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool(((a - b).abs() <= _TOLERANCE * max(scale, 1e-6)).all())
 
 
-def _noise(detector: Detector) -> ImageBatch:
-    """One small picture on the detector's device."""
-    device = detector.mean.device
+def _noise(model: Model) -> ImageBatch:
+    """One small picture on the model's device."""
+    device = model.mean.device
     height, width = _TRIAL
     generator = torch.Generator().manual_seed(0)
     sizes = torch.tensor([[height, width]], device=device)

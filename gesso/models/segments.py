@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from gesso.models.detector import Detector
+from gesso.models.model import Model
 from gesso.models.norm import PolicyBatchNorm2d
 from gesso.models.plain_transformer import PlainTransformer
 
@@ -65,13 +66,13 @@ class Segment:
     stop: int
 
 
-def find_units(detector: Detector) -> list[Unit]:
+def find_units(detector: Model) -> list[Unit]:
     """The units in the order of the forward pass. What lies in none (a norm between stages) is never computed again."""
     body, name = detector.backbone.body, _BODY
     if isinstance(body, PlainTransformer):
         body, name = body.model, f"{_BODY}.model"
     found = _of_parts(name, body) if type(body) is FeatureListNet else _of_network(name, body)
-    return [*found, _alone(NECK)]
+    return [*found, *([_alone(NECK)] if isinstance(detector, Detector) else [])]
 
 
 def _of_parts(name: str, body: Any) -> Iterator[Unit]:
@@ -145,7 +146,7 @@ def _holds_blocks(module: nn.Module) -> bool:
     return len(children) > 1 and alike
 
 
-def install(detector: Detector, segments: Iterable[Segment]) -> None:
+def install(detector: Model, segments: Iterable[Segment]) -> None:
     """Lets the segments run so that their activations are computed again, and no others, until the next call.
 
     They do so in training mode with gradients. Names of weights stay, and so do all values: running statistics are
@@ -166,12 +167,12 @@ def install(detector: Detector, segments: Iterable[Segment]) -> None:
         module.forward = types.MethodType(forward, module)
 
 
-def remove(detector: Detector) -> None:
+def remove(detector: Model) -> None:
     """Lets everything run as it is built again."""
     restore(detector, {name: {} for name, module in detector.named_modules() if _MARK in vars(module)})
 
 
-def installed(detector: Detector) -> dict[str, dict[str, Any]]:
+def installed(detector: Model) -> dict[str, dict[str, Any]]:
     """What ``install`` changed, by the names of modules."""
     return {
         name: {key: vars(module)[key] for key in (_MARK, "forward")}
@@ -180,7 +181,7 @@ def installed(detector: Detector) -> dict[str, dict[str, Any]]:
     }
 
 
-def restore(detector: Detector, state: dict[str, dict[str, Any]]) -> None:
+def restore(detector: Model, state: dict[str, dict[str, Any]]) -> None:
     """Brings back what ``installed`` told."""
     for name, changes in state.items():
         own = vars(detector.get_submodule(name))

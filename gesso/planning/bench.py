@@ -10,34 +10,27 @@ Efficiency is the pictures a second of 3 over those of 1. Then all-reduces of se
 latency that ``scaling.py`` takes.
 """
 
-import dataclasses
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.optimize import nnls
 
 from gesso import distributed, log
-from gesso.data.index import Index
-from gesso.data.transforms import InputConfig, Shape
-from gesso.models.detector import Detector
-from gesso.models.norm import apply_norm_policy
+from gesso.data.transforms import Shape
 from gesso.planning.scaling import ring_seconds
-from gesso.planning.workload import CLASSES, classes_of, stage_of
+from gesso.planning.stages import new_stage, worst_pair, worst_shape
+from gesso.planning.workload import stage_of
 from gesso.run.config import RunConfig, check_processes
-from gesso.run.predictor import new_detector
-from gesso.structures import ImageBatch, Targets, to_device
-from gesso.training.ema import EMA
-from gesso.training.optimizer import build_optimizer
-from gesso.training.stage import Stage, TrainingConfig
+from gesso.training.stage import Stage
 from gesso.training.step import Numbers, train_step
-from gesso.training.worst_case import largest_shape, worst_batch
+from gesso.training.worst_case import Pair
 
 logger = log.get_logger(__name__)
 
 Floats = npt.NDArray[np.float64]
-Pair = tuple[ImageBatch, Targets]
 WARM_UP = 2
 SIZES = (4 * 2**10, 64 * 2**10, 2**20, 16 * 2**20)
 """Bytes of the all-reduces that are timed."""
@@ -120,10 +113,10 @@ def bench(config: RunConfig, stage_name: str, *, steps: int) -> Bench:
     settings = distributed.from_main(lambda: stage_of(config, stage_name))
     distributed.from_main(lambda: check_processes(config, world))
     device = distributed.choose_device(config.device)
-    share, shape = settings.batch_size // world, _shape(config, settings.input)
+    share, shape = settings.batch_size // world, worst_shape(config, settings.input)
     with distributed.alone():
-        stage = _stage(config, settings, device, share)
-    pair = _pair(stage, share, shape, config.data.max_boxes, device)
+        stage = new_stage(config, stage_name, device, share)
+    pair = worst_pair(stage.module, share, shape, config.data.max_boxes, device)
     where = distributed.machines()
     places = [where[:rank].count(machine) for rank, machine in enumerate(where)]
     alone = np.zeros(0)
@@ -134,7 +127,7 @@ def bench(config: RunConfig, stage_name: str, *, steps: int) -> Bench:
             with distributed.alone():
                 alone = _time(stage, pair, steps)
     alone = distributed.gather_array(alone[None])
-    at_once, together, waiting = _all(config, settings, stage, pair, steps) if world > 1 else (None, None, None)
+    at_once, together, waiting = _all(config, stage_name, stage, pair, steps) if world > 1 else (None, None, None)
     exchanges, inside, between = links(where, device)
     return Bench(
         processes=world,
@@ -154,9 +147,7 @@ def bench(config: RunConfig, stage_name: str, *, steps: int) -> Bench:
     )
 
 
-def _all(
-    config: RunConfig, settings: TrainingConfig, stage: Stage, pair: Pair, steps: int
-) -> tuple[float, float, float]:
+def _all(config: RunConfig, stage_name: str, stage: Stage, pair: Pair, steps: int) -> tuple[float, float, float]:
     """All processes at once, and together: pictures a second of both, and the share of waiting in the latter."""
     share = len(pair[0].images)
     _say("all processes, each for itself")
@@ -165,7 +156,7 @@ def _all(
         own = _time(stage, pair, steps)
     at_once = _rate(distributed.gather_array(own[None]), share)
     _say("all processes together")
-    common = _stage(config, settings, stage.device, share)
+    common = new_stage(config, stage_name, stage.device, share)
     _time(common, pair, 0)
     distributed.barrier()
     before, began = distributed.traffic.seconds, time.perf_counter()
@@ -173,67 +164,6 @@ def _all(
     waited = (distributed.traffic.seconds - before) / (time.perf_counter() - began)
     found = distributed.gather_array(np.append(seconds, waited)[None])
     return at_once, _rate(found[:, :-1], share), float(found[:, -1].mean())
-
-
-def _stage(config: RunConfig, settings: TrainingConfig, device: torch.device, share: int) -> Stage:
-    """A stage at its beginning, with a new detector; the same in all processes.
-
-    A process alone takes batch-norm statistics over the pictures it has, where groups would hold more.
-    """
-    torch.manual_seed(config.seed)
-    detector = new_detector(config, classes_of(config) or CLASSES, pretrained=False)
-    norm, pictures = settings.norm, share // settings.accumulate
-    if distributed.world_size() == 1 and norm.images is not None and norm.images > pictures:
-        norm = dataclasses.replace(norm, images=None)
-    apply_norm_policy(detector, norm, pictures=pictures)
-    detector.to(device, torch.float64 if settings.precision == "float64" else torch.float32)
-    return Stage(
-        config=settings,
-        module=detector,
-        optimizer=build_optimizer(detector, settings.optimizer),
-        ema=None if settings.ema_decay is None else EMA(detector, settings.ema_decay),
-        device=device,
-        seed=config.seed,
-    )
-
-
-def _shape(config: RunConfig, input: InputConfig) -> Shape:
-    """The padded shape of most pixels that the recipe's data gives; without data, of all there are."""
-    if config.data.train is not None:
-        index = Index.open(config.data.train)
-        return largest_shape(input, index.heights, index.widths)
-    if config.data.embedded is not None:
-        side = [config.data.embedded.side]
-        return largest_shape(input, side, side)
-    return largest_shape(input, [100, 100, 100, 400], [100, 133, 400, 100])
-
-
-def _pair(stage: Stage, count: int, shape: Shape, slots: int, device: torch.device) -> Pair:
-    """The worst batch of one process, on its device."""
-    side = stage.module.mask_side if isinstance(stage.module, Detector) else 0
-    two = torch.zeros(count, 2, dtype=torch.int64)
-    number = torch.arange(count) + count * distributed.rank()
-    slot = torch.zeros(count, slots, dtype=torch.int64)
-    boxes = torch.zeros(count, slots, 4)
-    batch = ImageBatch(
-        images=torch.zeros(count, 3, 1, 1, dtype=torch.uint8),
-        sizes=two,
-        scale=torch.ones(count, 2),
-        original_sizes=two,
-        image_index=number,
-        key=number,
-    )
-    targets = Targets(
-        boxes=boxes,
-        labels=slot,
-        valid=slot.bool(),
-        ignore=slot.bool(),
-        box_id=slot,
-        masks=torch.zeros(count, slots, side, side, dtype=torch.uint8) if side else None,
-        mask_frames=boxes if side else None,
-    )
-    batch, targets = worst_batch((batch, targets), shape, count)
-    return to_device(batch, device), to_device(targets, device)
 
 
 def _time(stage: Stage, pair: Pair, steps: int) -> Floats:
@@ -306,13 +236,7 @@ def fit_link(exchanges: list[Exchange]) -> Link:
     """Bandwidth and latency of a ring, in least squares of the relative errors; neither is below 0."""
     seconds = np.array([one.seconds for one in exchanges])
     slopes = np.array([[ring_seconds(0, x.ranks, 1, 1), ring_seconds(x.size, x.ranks, 1, 0)] for x in exchanges])
-    scaled = slopes / seconds[:, None]
-    found = np.linalg.lstsq(scaled, np.ones(len(seconds)))[0]
-    if min(found) < 0:  # one term alone, whichever explains more
-        single = scaled.sum(0) / (scaled**2).sum(0)
-        errors = ((scaled * single - 1) ** 2).sum(0)
-        found = np.where(np.arange(2) == errors.argmin(), single, 0.0)
-    latency, inverse = found.tolist()
+    latency, inverse = nnls(slopes / seconds[:, None], np.ones(len(seconds)))[0].tolist()
     return Link(bandwidth=1 / max(inverse, 1 / UNLIMITED), latency=latency)
 
 

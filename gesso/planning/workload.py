@@ -8,9 +8,10 @@ from torch import nn
 from gesso.data.demo_scenes import demo_label_space
 from gesso.data.index import Index
 from gesso.errors import ConfigError, RunError
+from gesso.planning.scaling import StepMeasurement
 from gesso.run.config import RunConfig
 from gesso.run.folder import RunFolder
-from gesso.run.predictor import new_detector
+from gesso.run.models import new_model
 from gesso.training.stage import TrainingConfig
 
 CLASSES = 80
@@ -32,24 +33,9 @@ class Traffic:
     norm_bytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class MeasuredStep:
-    """One pass of a GPU, taken from the rows of a run.
-
-    Attributes:
-        seconds: of computing.
-        data_seconds: of waiting for data.
-        images: pictures in it.
-    """
-
-    seconds: float
-    data_seconds: float
-    images: int
-
-
 def detector_traffic(config: RunConfig, num_classes: int, norm_parts: tuple[str, ...] = ()) -> Traffic:
     """What the detector of a recipe sends, built without its trained weights; see ``module_traffic``."""
-    return module_traffic(new_detector(config, num_classes, pretrained=False), norm_parts)
+    return module_traffic(new_model(config, num_classes, pretrained=False), norm_parts)
 
 
 def module_traffic(module: nn.Module, norm_parts: tuple[str, ...] = ()) -> Traffic:
@@ -79,8 +65,8 @@ def stage_of(config: RunConfig, name: str) -> TrainingConfig:
     return stages[name]
 
 
-def measured_step(folder: RunFolder, stage: str) -> MeasuredStep:
-    """The median step of the later half of a stage's rows.
+def measured_step(folder: RunFolder, stage: str) -> StepMeasurement:
+    """The seconds and pictures of one pass of a GPU: the median step of the later half of a stage's rows.
 
     Raises:
         RunError: there is no row with a step time, or it was measured on several processes.
@@ -105,7 +91,9 @@ def measured_step(folder: RunFolder, stage: str) -> MeasuredStep:
     data = statistics.median(row["data_share"] for row in later) * whole
     config = stored["config"][stage]
     parts = config.get("accumulate", 1)
-    return MeasuredStep(seconds=(whole - data) / parts, data_seconds=data / parts, images=config["batch_size"] // parts)
+    return StepMeasurement(
+        seconds=(whole - data) / parts, data_seconds=data / parts, images=config["batch_size"] // parts
+    )
 
 
 def classes_of(config: RunConfig) -> int | None:
@@ -129,7 +117,7 @@ def total_images(config: RunConfig, stage: TrainingConfig, images: int | None, e
         ConfigError: one of both is given and the other is nowhere to be found.
     """
     if images is None and epochs is None and stage.epochs is None:
-        return stage.steps * stage.batch_size
+        return stage.steps * stage.batch_size if stage.images is None else stage.images
     epochs = stage.epochs if epochs is None else epochs
     images = images_of(config) if images is None else images
     if epochs is None:

@@ -46,6 +46,14 @@ def colour_of(name: str, classes: Sequence[str] = ()) -> Colour:
     return PALETTE[number % len(PALETTE)]
 
 
+def write_map(path: Path, values: Picture) -> None:
+    """Writes a semantic map (H, W) as an indexed PNG, its classes in the colours of ``PALETTE`` in turn, 255 white."""
+    colours = [_DARK, *itertools.islice(itertools.cycle(PALETTE), 254), _LIGHT]
+    image = Image.fromarray(values)
+    image.putpalette([part for colour in colours for part in colour])
+    image.save(path, format="PNG")
+
+
 @lru_cache(maxsize=16)
 def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)

@@ -208,13 +208,17 @@ class _LeftColumn(ProgressColumn):
         return Text(f"{format_seconds(float(task.fields['left']))} left", style="cyan")
 
 
+_SCORES = (("AP", "AP"), ("mask_AP", "mask AP"), ("mIoU", "mIoU"), ("top1", "top1"))
+"""The scores that a line shows, and their names there."""
+
+
 def describe(row: Mapping[str, object]) -> str:
     """A row of ``metrics.jsonl`` in a few words: the loss and its parts, images/s, data wait, memory.
 
-    Of an evaluation: AP, and that of the masks where there is one. ``data_share`` is the wait for data as share of the
-    step; ``memory_gib`` the peak. Keys that are missing are left out.
+    Of an evaluation: AP, and that of the masks where there is one; mIoU; or top1. ``data_share`` is the wait for data
+    as share of the step; ``memory_gib`` the peak. Keys that are missing are left out.
     """
-    scores = [(name, _number(row, key)) for key, name in (("AP", "AP"), ("mask_AP", "mask AP"))]
+    scores = [(name, _number(row, key)) for key, name in _SCORES]
     words = [f"{name} {value:.3f}" for name, value in scores if value is not None]
     words += _loss(row)
     rate, share = _number(row, "images_per_second"), _number(row, "data_share")

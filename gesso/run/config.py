@@ -8,16 +8,23 @@ from typing import Any, Literal
 
 from gesso import config as configs
 from gesso.data.demo import DemoConfig
+from gesso.data.transforms import ImageNetCrop
 from gesso.errors import ConfigError, nearest
-from gesso.models.build import DetectorConfig
+from gesso.evaluation.further import Metric
+from gesso.models.build import ModelConfig
+from gesso.models.classifier import ClassifierConfig
 from gesso.models.faster_rcnn import FasterRCNNConfig
 from gesso.models.norm import check_images
+from gesso.models.segmenter import SegmenterConfig
 from gesso.run.folder import RunFolder
 from gesso.training.stage import TrainingConfig
 
-FREE_KEYS = ("device", "tensorboard", "timeout_seconds", "data.workers", "data.inference_batch_size")
+FREE_KEYS = ("device", "tensorboard", "timeout_seconds", "metrics", "data.workers", "data.inference_batch_size")
 FREE_STAGE_KEYS = ("log_every", "checkpoint_every", "evaluate_every", "keep_checkpoints")
 """What a resume may change without being asked twice: it does not change the result."""
+Task = Literal["detection", "segmentation", "classification"]
+Part = Literal["backbone", "neck", "rpn", "box_head", "mask_head", "head"]
+"""Of ``models.weights.PARTS``."""
 Changes = dict[str, tuple[Any, Any]]
 """(before, now) by key."""
 
@@ -56,14 +63,20 @@ class RunConfig:
     """Decides the first weights, the order of samples and every random choice."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU where there is one."""
-    model: DetectorConfig = field(default_factory=FasterRCNNConfig)
-    """The detector."""
+    model: ModelConfig = field(default_factory=FasterRCNNConfig)
+    """The detector, segmenter or classifier."""
     data: DataConfig = field(default_factory=DataConfig)
     """The data."""
     pretraining: TrainingConfig | None = None
     """The first stage of direct pre-training, on the same data; None = no such stage."""
     training: TrainingConfig
     """The (last) stage."""
+    metrics: tuple[Metric, ...] = ()
+    """Scores of other benchmarks that a detector's evaluations tell beside COCO's: voc (AP at IoU 0.5 and 0.7) and
+    miss_rate (of CityPersons' subsets)."""
+    init_parts: tuple[Part, ...] | None = None
+    """The parts of the weights named by --init that are loaded, such as backbone and neck; None = all that the model
+    has."""
     timeout_seconds: float = 600.0
     """How long a process waits for another one before it says so and ends, with several processes. Longer than process
     0 takes for the scores of an evaluation."""
@@ -73,11 +86,29 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.timeout_seconds > 0:
             raise ConfigError(f"timeout_seconds must be above 0, found {self.timeout_seconds}")
+        for name, stage in self.stages():
+            resize = stage.input.resize
+            if (
+                isinstance(resize, ImageNetCrop)
+                and resize.inference == "centre"
+                and task_of(self.model) != "classification"
+            ):
+                raise ConfigError(
+                    f"{name}.input.resize.inference is centre, which cuts pictures: only a classifier may look away",
+                    remedy="Choose whole.",
+                )
 
     def stages(self) -> list[tuple[str, TrainingConfig]]:
         """The stages in order, by the name of their key."""
         first = [] if self.pretraining is None else [("pretraining", self.pretraining)]
         return [*first, ("training", self.training)]
+
+
+def task_of(model: ModelConfig) -> Task:
+    """What a model of this configuration learns."""
+    if isinstance(model, SegmenterConfig):
+        return "segmentation"
+    return "classification" if isinstance(model, ClassifierConfig) else "detection"
 
 
 def read_run_config(folder: RunFolder) -> RunConfig:

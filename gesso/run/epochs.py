@@ -1,4 +1,4 @@
-"""Epochs as steps: what a stage's passes over the data come to, once the data is known."""
+"""The length of a stage in steps, where it is said in passes over the data or in pictures."""
 
 import dataclasses
 
@@ -8,10 +8,14 @@ from gesso.training.stage import TrainingConfig
 
 
 def with_steps(config: RunConfig, images: int) -> RunConfig:
-    """A copy whose stages with ``epochs`` have the steps that these come to on ``images`` pictures.
+    """A copy whose stages with ``epochs`` or ``images`` have the steps that these come to.
 
-    Samples flow from one pass into the next (``data.sampling.BatchStream``), so only the last step is rounded. Stages
-    without ``epochs`` keep their steps; applied twice, nothing changes.
+    Samples flow from one pass into the next (``data.sampling.BatchStream``), so only the last step is rounded. Other
+    stages keep their steps; applied twice, nothing changes.
+
+    Args:
+        config: of a run.
+        images: pictures in its training data.
     """
     pretraining = None if config.pretraining is None else _stage_with_steps(config.pretraining, images)
     return dataclasses.replace(config, pretraining=pretraining, training=_stage_with_steps(config.training, images))
@@ -30,6 +34,5 @@ def training_images(config: DataConfig) -> int:
 
 
 def _stage_with_steps(stage: TrainingConfig, images: int) -> TrainingConfig:
-    if stage.epochs is None:
-        return stage
-    return dataclasses.replace(stage, steps=max(1, round(stage.epochs * images / stage.batch_size)))
+    seen = stage.images if stage.epochs is None else stage.epochs * images
+    return stage if seen is None else dataclasses.replace(stage, steps=max(1, round(seen / stage.batch_size)))

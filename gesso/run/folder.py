@@ -21,6 +21,8 @@ from gesso import files
 from gesso.errors import DataError, InputError, RunError
 from gesso.label_space import LabelSpace
 
+ROW_KEYS = frozenset(("step", "stage", "seconds"))
+"""What every row of metrics.jsonl has; an evaluation has its scores beside them."""
 _HELD: set[TextIO] = set()
 """The locks of this process."""
 _UNBORN = re.compile(r"\.config\.json\.\d+\.tmp")
@@ -174,7 +176,7 @@ class RunFolder:
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The rows of evaluations: those with scores."""
-        return [row for row in self.rows() if "AP" in row]
+        return [row for row in self.rows() if "loss" not in row and row.keys() - ROW_KEYS]
 
     def rewind(self, step: int) -> None:
         """Takes the folder back to the instant of a checkpoint: later rows go, later detections become ``.stale``."""

@@ -90,7 +90,7 @@ class TorchvisionDetector(TrainedDetector):
 
     def batch(self, pictures: Sequence[Pixels]) -> ImageBatch:
         """The pictures (height, width, 3) as torchvision would batch them, in the type of the detector's weights."""
-        dtype = self.detector.get_buffer("mean").dtype
+        dtype = self.model.get_buffer("mean").dtype
         resized = [self._resized(torch.tensor(p, device=self.device).permute(2, 0, 1).to(dtype)) for p in pictures]
         sizes = [(r.shape[1], r.shape[2]) for r in resized]
         H, W = (math.ceil(max(sides) / self.divisible) * self.divisible for sides in zip(*sizes, strict=True))
@@ -183,7 +183,7 @@ def from_torchvision(
     space = _label_space(names, detector.num_classes, first=0 if isinstance(config, RetinaNetConfig) else 1)
     place = distributed.choose_device(device)
     return TorchvisionDetector(
-        detector=detector.to(place).eval(),
+        model=detector.to(place).eval(),
         label_space=space,
         input=InputConfig(resize=KeepRatio(short_sides=(min(short, long),), long_side=long, stride=STRIDE)),
         device=place,
@@ -206,7 +206,7 @@ def to_torchvision(detector: TrainedDetector | nn.Module, module: nn.Module) -> 
     Raises:
         ConfigError: the two differ in form: layers, classes, anchors, pooling, epsilon or normalisation of pictures.
     """
-    ours = detector.detector if isinstance(detector, TrainedDetector) else detector
+    ours = detector.model if isinstance(detector, TrainedDetector) else detector
     if not isinstance(ours, FasterRCNN | RetinaNet):
         raise ConfigError(f"torchvision has no counterpart of {type(ours).__name__}")
     theirs = read_config(module)

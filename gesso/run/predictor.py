@@ -6,38 +6,30 @@ import importlib
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
-from torch import nn
 
 from gesso import distributed
 from gesso.data.decode import upright_rgb
 from gesso.data.index import Index
-from gesso.data.loading import ALLOWANCE, MAX_SHARE, inference_batches, picture_batches
+from gesso.data.loading import inference_batches, picture_batches
 from gesso.data.records import Array, Masks, Rle
 from gesso.data.rle import decode
-from gesso.data.transforms import InputConfig
-from gesso.errors import ConfigError, DataError, InputError, RunError
+from gesso.errors import ConfigError, InputError
 from gesso.evaluation.coco import score_coco, score_masks
+from gesso.evaluation.detection_files import write_detections
 from gesso.evaluation.detections import DetectionTable
-from gesso.evaluation.predict import Precision, gathered, predict
-from gesso.label_space import LabelSpace
-from gesso.models.build import build_detector
-from gesso.models.detector import Detector
-from gesso.models.folding import fold_batch_norm
-from gesso.models.norm import apply_norm_policy
-from gesso.run.config import RunConfig, read_run_config
+from gesso.evaluation.further import Metric, further_scores
+from gesso.evaluation.predict import gathered, predict
 from gesso.run.data import has_masks
-from gesso.run.folder import RunFolder
+from gesso.run.trained import TrainedModel, known, refuse_broken
 from gesso.structures import ImageBatch
-from gesso.training import checkpoint as checkpoints
 
+DETECTIONS = "detections.parquet"
 PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"))
 _MAGIC = frozenset("*?[")
 
@@ -106,29 +98,16 @@ class Predictions:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TrainedDetector:
+class TrainedDetector(TrainedModel[DetectionTable]):
     """A detector with what it needs to be used.
 
     Attributes:
-        detector: the module, on ``device``; what it knows is taken over at the first use.
-        label_space: the categories that it predicts.
-        input: how pictures become its input.
-        device: where it runs.
-        batch_size: pictures at a time.
-        precision: "bfloat16" is mixed precision; otherwise the types of the module count.
+        metrics: scores of other benchmarks that ``evaluate`` gives beside COCO's.
     """
 
-    detector: nn.Module
-    label_space: LabelSpace
-    input: InputConfig
-    device: torch.device
-    batch_size: int = 8
-    precision: Precision = "float32"
-
-    @cached_property
-    def ready(self) -> nn.Module:
-        """The detector as it is run: with its batch norms folded into the convolutions."""
-        return fold_batch_norm(self.detector) if isinstance(self.detector, Detector) else self.detector
+    metrics: tuple[Metric, ...] = ()
+    primary: ClassVar[str] = "AP"
+    shown: ClassVar[tuple[str, ...]] = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 
     def predict(
         self,
@@ -216,16 +195,7 @@ class TrainedDetector:
         finally:
             batches.close()
         found = gathered(own)
-        broken = int(distributed.all_reduce_sum(torch.tensor(len(batches.broken)), name="broken pictures"))
-        if broken > MAX_SHARE * len(index) + ALLOWANCE:
-            last = batches.broken[-1].error if batches.broken else None
-            error = DataError(
-                f"{broken} of {len(index)} pictures could not be read"
-                + ("" if last is None else f", the last one: {last.what}"),
-                where=index.path if last is None else last.where,
-                remedy="Mend or remove the broken files (gesso data check lists them).",
-            )
-            raise distributed.told_by_main(error)
+        refuse_broken(batches, index)
         return found
 
     def evaluate(
@@ -234,26 +204,27 @@ class TrainedDetector:
         """COCO's scores on an index, joined by category name, and the detections (in the index's label space).
 
         They are those of the boxes (``coco.KEYS`` and ``by_class``); where the detector makes masks and the index has
-        some, also ``coco.MASK_KEYS`` of the masks (see ``coco.score_masks``).
+        some, also ``coco.MASK_KEYS`` of the masks (see ``coco.score_masks``); and those of ``metrics``, see
+        ``further_scores``.
 
         Raises:
             DataError: the detector and the index share no category.
         """
-        there = self.label_space.map_to(index.label_space)
-        if all(target < 0 for target in there.targets):
-            raise DataError(
-                f"none of its categories ({', '.join(index.label_space.names[:4])} ...) is one that the detector knows "
-                f"({', '.join(self.label_space.names[:4])} ...)",
-                where=index.path,
-                remedy="Evaluate on data with the same category names.",
-            )
+        there = self.joined(index)
         mapped = self.detect(index, workers=workers, progress=progress).map_labels(there)
 
         def scored() -> dict[str, Any]:
             masks = mapped.masks is not None and has_masks(index)
-            return score_coco(index, mapped) | (score_masks(index, mapped) if masks else {})
+            scores = score_coco(index, mapped) | (score_masks(index, mapped) if masks else {})
+            for metric in self.metrics:
+                scores |= known(further_scores(index, mapped, metric))
+            return scores
 
         return distributed.from_main(scored), mapped
+
+    def keep(self, found: DetectionTable, folder: Path, index: Index) -> None:
+        """Writes ``detections.parquet``."""
+        write_detections(found, folder / DETECTIONS, index.label_space.ids)
 
 
 def _noting(batches: Iterable[ImageBatch], sizes: Array) -> Iterator[ImageBatch]:
@@ -297,43 +268,3 @@ def find_pictures(words: Sequence[str | Path]) -> list[Path]:
             raise InputError("no picture is found there", where=path, remedy=f"Known: {', '.join(sorted(PICTURES))}.")
         found |= dict.fromkeys(some)
     return list(found)
-
-
-def load_run(path: Path, *, device: str = "auto") -> TrainedDetector:
-    """The detector of a run with its best weights (the last ones where nothing was evaluated), ready to predict.
-
-    Raises:
-        RunError: there is no such run, or it has no whole checkpoint yet.
-    """
-    folder = RunFolder.open(path)
-    config = read_run_config(folder)
-    found = checkpoints.best_checkpoint(folder.checkpoints)
-    if found is None:
-        raise RunError("this run has no whole checkpoint yet", where=path, remedy="Let it train longer.")
-    space = folder.read_label_space()
-    detector = new_detector(config, len(space), pretrained=False)
-    for name, stage in config.stages():  # one policy after the other, as in training
-        apply_norm_policy(detector, stage.norm)
-        if name == found.state.stage:
-            break
-    detector.load_state_dict(found.weights())
-    if stage.precision == "float64":
-        detector.double()
-    place = distributed.choose_device(device)
-    return TrainedDetector(
-        detector=detector.to(place).eval(),
-        label_space=space,
-        input=stage.input,
-        device=place,
-        batch_size=config.data.inference_batch_size,
-        precision=stage.precision,
-    )
-
-
-def new_detector(config: RunConfig, num_classes: int, *, pretrained: bool | None) -> nn.Module:
-    """The detector; ``pretrained`` None follows the configuration, False spares the download."""
-    model = config.model
-    if pretrained is False:
-        backbone = dataclasses.replace(model.backbone, pretrained=False, pretrained_required=False)
-        model = dataclasses.replace(model, backbone=backbone)
-    return build_detector(model, num_classes)

@@ -13,15 +13,15 @@ from torch import Tensor
 from gesso import distributed
 from gesso.data.index import Index
 from gesso.errors import GessoError, InputError, RunError
-from gesso.models.detector import Detector
 from gesso.models.losses import BatchLosses
-from gesso.models.norm import apply_norm_policy, statistics_held
+from gesso.models.model import Model
+from gesso.models.norm import statistics_held
 from gesso.random_key import fold
 from gesso.run.config import RunConfig, read_run_config
 from gesso.run.failure import Failure, read_failure
 from gesso.run.finite import Finding, watching
 from gesso.run.folder import RunFolder
-from gesso.run.predictor import new_detector
+from gesso.run.models import follow_stages, new_model
 from gesso.structures import ImageBatch, Targets, map_tensors
 from gesso.training.stage import TrainingConfig
 
@@ -182,15 +182,10 @@ def _statistics_over_processes(stage: TrainingConfig, failure: Failure) -> bool:
     return stage.norm.kind == "sync" and failure.world_size > 1 and (images is None or images > own)
 
 
-def _detector(folder: RunFolder, config: RunConfig, failure: Failure, path: Path, *, pictures: int) -> Detector:
+def _detector(folder: RunFolder, config: RunConfig, failure: Failure, path: Path, *, pictures: int) -> Model:
     """The detector as it was before the step, in training mode."""
-    detector = new_detector(config, len(folder.read_label_space()), pretrained=False)
-    assert isinstance(detector, Detector)
-    for name, stage in config.stages():  # one policy after the other, as in training
-        last = name == failure.stage
-        apply_norm_policy(detector, stage.norm, pictures=pictures if last else None)
-        if last:
-            break
+    detector = new_model(config, len(folder.read_label_space()), pretrained=False)
+    stage = follow_stages(detector, config, failure.stage, pictures=pictures)
     if stage.precision == "float64":
         detector.double()
     try:
@@ -206,7 +201,7 @@ def _seed(failure: Failure) -> None:
     torch.manual_seed(fold(failure.seed, failure.stage_step - 1, 0))
 
 
-def _repeat(detector: Detector, failure: Failure, runs: list[Tensor], stage: TrainingConfig) -> list[_Pass]:
+def _repeat(detector: Model, failure: Failure, runs: list[Tensor], stage: TrainingConfig) -> list[_Pass]:
     """Forward and backward passes over all runs of pictures; gradients add up in the parameters.
 
     There is no backward pass where the loss is not finite.
@@ -219,7 +214,7 @@ def _repeat(detector: Detector, failure: Failure, runs: list[Tensor], stage: Tra
     return [_pass(detector, failure, rows, stage, counts) for rows in runs]
 
 
-def _pass(detector: Detector, failure: Failure, rows: Tensor, stage: TrainingConfig, counts: Tensor | None) -> _Pass:
+def _pass(detector: Model, failure: Failure, rows: Tensor, stage: TrainingConfig, counts: Tensor | None) -> _Pass:
     with watching(detector) as watch:
         found = _losses(detector, failure, rows, stage, counts)
         total = torch.stack(list(found.losses.values())).sum()
@@ -230,7 +225,7 @@ def _pass(detector: Detector, failure: Failure, rows: Tensor, stage: TrainingCon
 
 
 def _losses(
-    detector: Detector, failure: Failure, rows: Tensor, stage: TrainingConfig, counts: Tensor | None = None
+    detector: Model, failure: Failure, rows: Tensor, stage: TrainingConfig, counts: Tensor | None = None
 ) -> BatchLosses:
     batch, targets = _part(detector, failure, rows)
     with _precision(detector, stage):
@@ -238,7 +233,7 @@ def _losses(
     return found
 
 
-def _part(detector: Detector, failure: Failure, rows: Tensor) -> tuple[ImageBatch, Targets]:
+def _part(detector: Model, failure: Failure, rows: Tensor) -> tuple[ImageBatch, Targets]:
     """Some pictures of the global batch, on the detector's device."""
 
     def cut(tensor: Tensor) -> Tensor:
@@ -247,11 +242,11 @@ def _part(detector: Detector, failure: Failure, rows: Tensor) -> tuple[ImageBatc
     return map_tensors(failure.batch, cut), map_tensors(failure.targets, cut)
 
 
-def _precision(detector: Detector, stage: TrainingConfig) -> torch.autocast:
+def _precision(detector: Model, stage: TrainingConfig) -> torch.autocast:
     return torch.autocast(detector.mean.device.type, torch.bfloat16, enabled=stage.precision == "bfloat16")
 
 
-def _places(detector: Detector, failure: Failure, bad: _Pass, finding: Finding, stage: TrainingConfig) -> list[int]:
+def _places(detector: Model, failure: Failure, bad: _Pass, finding: Finding, stage: TrainingConfig) -> list[int]:
     """The places in the global batch of the pictures whose numbers in a finding are not finite, where this can be told.
 
     Rows of maps are pictures; in the forward pass rows of regions are too, the same number of each picture. Where the
@@ -266,7 +261,7 @@ def _places(detector: Detector, failure: Failure, bad: _Pass, finding: Finding, 
 
 
 @torch.no_grad()
-def _pictures_with_bad_losses(detector: Detector, failure: Failure, rows: Tensor, stage: TrainingConfig) -> list[int]:
+def _pictures_with_bad_losses(detector: Model, failure: Failure, rows: Tensor, stage: TrainingConfig) -> list[int]:
     """The places of pictures of a pass whose own losses, from the maps of the whole pass, are not finite."""
     found = []
     with statistics_held(), _precision(detector, stage):

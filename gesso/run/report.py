@@ -15,10 +15,12 @@ from gesso.reports.comparison import Arm, Point, comparison_report
 from gesso.reports.html import Gallery, Plot, Plots, Report, Section, Table, write_report
 from gesso.reports.plots import Series, line_plot
 from gesso.run.config import read_run_config
+from gesso.run.cost import read_cost
 from gesso.run.folder import RunFolder
 from gesso.run.gallery import exhibits
+from gesso.run.models import trained_kind
+from gesso.run.predictor import DETECTIONS, TrainedDetector
 
-SCORES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 SHOWN_SCORE = 0.4
 
 
@@ -27,30 +29,32 @@ def write_run_report(folder: RunFolder, val: Index | None) -> Path:
     rows = folder.rows()
     evaluations = folder.evaluations()
     losses = [row for row in rows if "loss" in row]
+    kind = trained_kind(read_run_config(folder).model)
     sections: list[Section] = []
     if evaluations:
-        sections.append(_score_table("Scores on the validation data", SCORES, evaluations))
+        sections.append(_score_table("Scores on the validation data", kind.shown, evaluations))
         if masked := [row for row in evaluations if MASK_KEYS[0] in row]:
             sections.append(_score_table("Scores of the masks", MASK_KEYS, masked))
-    sections.append(_curves(losses, evaluations))
-    if val is not None and evaluations:
+    sections.append(_curves(losses, evaluations, kind.primary))
+    if val is not None and evaluations and kind is TrainedDetector:
         found = last_detections(folder, val)
         pictures = exhibits(val, [found], count=6, min_score=SHOWN_SCORE)
         sections.append(
             Gallery(title="Validation pictures", columns=("Ground truth", "Detections"), exhibits=tuple(pictures))
         )
+    if evaluations:
         classes = sorted(evaluations[-1]["by_class"].items(), key=lambda item: -item[1])
         sections.append(
             Table(
-                title="AP by class",
-                columns=("class", "AP"),
+                title=f"{kind.primary} by class",
+                columns=("class", kind.primary),
                 rows=tuple((n, _known(v)) for n, v in classes),
                 folded=True,
             )
         )
     last = losses[-1] if losses else {"seconds": 0.0, "images": 0}
-    summary = f"Trained for {last['seconds']:.0f} seconds on {last['images']:,} images"
-    summary += _verdict(evaluations)
+    summary = f"Trained for {last['seconds']:.0f} seconds on {last['images']:,} images{_cost(folder)}"
+    summary += _verdict(evaluations, kind.primary)
     stored = folder.read_config()
     report = Report(
         title=f"{stored.get('recipe') or 'Run'} in {folder.path.name}",
@@ -97,7 +101,7 @@ def write_comparison(
 def last_detections(folder: RunFolder, val: Index) -> DetectionTable:
     """The detections of the run's last evaluation, in the label space of the validation data; with scored masks."""
     last = folder.evaluations()[-1]
-    path = folder.detections / f"{last['step']:08d}" / "detections.parquet"
+    path = folder.detections / f"{last['step']:08d}" / DETECTIONS
     return read_detections(path, val.label_space.ids, masks=MASK_KEYS[0] in last)
 
 
@@ -129,43 +133,53 @@ def _arm(name: str, phrase: str, folder: RunFolder) -> Arm:
     )
 
 
-def _curves(losses: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> Plots:
+def _curves(losses: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], primary: str) -> Plots:
     plots = []
     if losses:
         line = Series(name="loss", x=[row["step"] for row in losses], y=[row["loss"] for row in losses])
         svg = line_plot([line], x_label="step", y_label="loss", smoothing=0.03)
         plots.append(Plot(svg=svg, caption="Training loss", alt=f"The loss falls to {losses[-1]['loss']:.2f}."))
-    evaluations = [row for row in evaluations if _known(row["AP"]) is not None]
+    evaluations = [row for row in evaluations if _known(row[primary]) is not None]
     if len(evaluations) > 1:
-        plots.append(_score_plot(evaluations))
+        plots.append(_score_plot(evaluations, primary))
     return Plots(title="Curves", plots=tuple(plots))
 
 
-def _score_plot(evaluations: Sequence[Mapping[str, Any]]) -> Plot:
-    """AP over the steps, that of the masks beside that of the boxes where there is one."""
+def _score_plot(evaluations: Sequence[Mapping[str, Any]], primary: str) -> Plot:
+    """The primary score over the steps, that of the masks beside that of the boxes where there is one."""
     lines, ends = [], []
-    for key, name in (("AP", "AP"), (MASK_KEYS[0], "AP of the masks")):
+    for key, name in ((primary, primary), (MASK_KEYS[0], "AP of the masks")):
         known = [row for row in evaluations if key in row and _known(row[key]) is not None]
         if known:
             lines.append(Series(name=name, x=[row["step"] for row in known], y=[row[key] for row in known]))
             ends.append(f"{name} ends at {known[-1][key]:.3f}.")
-    svg = line_plot(lines, x_label="step", y_label="AP", y_zero=True, dots=True)
-    return Plot(svg=svg, caption="AP on the validation data", alt=" ".join(ends))
+    svg = line_plot(lines, x_label="step", y_label=primary, y_zero=True, dots=True)
+    return Plot(svg=svg, caption=f"{primary} on the validation data", alt=" ".join(ends))
 
 
 def _settings(folder: RunFolder) -> dict[str, Any]:
     return {key: value for key, value in flatten(read_run_config(folder)).items() if not key.endswith("type")}
 
 
-def _verdict(evaluations: Sequence[Mapping[str, Any]]) -> str:
+def _verdict(evaluations: Sequence[Mapping[str, Any]], primary: str) -> str:
     if not evaluations:
         return ". Nothing was evaluated."
-    ap = _known(evaluations[-1]["AP"])
-    if ap is None:
+    score = _known(evaluations[-1][primary])
+    if score is None:
         return "; the validation data has no object to measure on."
     of_masks = _known(evaluations[-1].get(MASK_KEYS[0], -1.0))
-    return f"; AP {ap:.3f}." if of_masks is None else f"; AP {ap:.3f}, of the masks {of_masks:.3f}."
+    return f"; {primary} {score:.3f}" + ("." if of_masks is None else f", of the masks {of_masks:.3f}.")
 
 
 def _known(value: float) -> float | None:
     return None if value < 0 else value
+
+
+def _cost(folder: RunFolder) -> str:
+    cost = read_cost(folder)
+    if cost is None:
+        return ""
+    return (
+        f" ({cost.device_days:.2g} {cost.unit}, {cost.data_seconds:.0f} seconds of them the wait for data; "
+        f"{cost.evaluation_seconds:.0f} seconds of evaluation beside it)"
+    )

@@ -83,6 +83,7 @@ class Saver:
             config_hash=self._config_hash,
             ema_updates=0 if stage.ema is None else stage.ema.updates,
             meter=dict(meter),
+            cost=dataclasses.asdict(stage.cost),
         )
         if required:
             distributed.from_main(lambda: self._save_now(stage, state, precise))

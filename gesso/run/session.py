@@ -2,7 +2,7 @@
 
 import importlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gesso import config as configs
 from gesso import distributed, log
@@ -18,19 +18,19 @@ from gesso.data.index import Index
 from gesso.data.loading import TrainingBatches, training_batches
 from gesso.data.transforms import Shape
 from gesso.errors import InputError, Interrupted, RunError
-from gesso.evaluation.coco import KEYS, MASK_KEYS
-from gesso.evaluation.detection_files import write_detections
-from gesso.evaluation.detections import DetectionTable
 from gesso.models.detector import Detector
-from gesso.models.norm import NormPolicy, apply_norm_policy
+from gesso.models.model import Model
 from gesso.random_key import fold, stream
 from gesso.reports.progress import ROWS, describe, row_line
-from gesso.run.config import RunConfig
+from gesso.run.advice import norm_advice
+from gesso.run.config import RunConfig, Task
+from gesso.run.cost import cost_of, keep_cost
 from gesso.run.data import open_data
 from gesso.run.failure import save_failure
-from gesso.run.folder import RunFolder
+from gesso.run.folder import ROW_KEYS, RunFolder
+from gesso.run.initial import InitialWeights, keep_report, read_weights, start_from
+from gesso.run.models import follow_stage, new_model, trained
 from gesso.run.observer import Observer
-from gesso.run.predictor import TrainedDetector, new_detector
 from gesso.run.report import write_run_report
 from gesso.run.saving import Saver
 from gesso.structures import to_device
@@ -44,7 +44,7 @@ from gesso.training.precise_bn import precise_statistics
 from gesso.training.schedule import describe_rule
 from gesso.training.stage import Stage, TrainingConfig
 from gesso.training.step import Row, mixed_precision
-from gesso.training.timing import RowMeter
+from gesso.training.timing import Cost, RowMeter
 from gesso.training.watchdog import Watchdog
 from gesso.training.worst_case import Pair, largest_shape, rehearse, worst_batch
 
@@ -97,37 +97,48 @@ class Session:
         """Works through the stages that are left. See ``train``."""
         torch.manual_seed(fold(self.config.seed, INIT))
         newest = distributed.from_main(self._newest)
-        detector = new_detector(
-            self.config, len(self.space), pretrained=None if newest is None and init is None else False
-        )
+        parts = self.config.init_parts
+        replaced = newest is not None or (init is not None and (parts is None or "backbone" in parts))
+        fresh, task = False if replaced else None, None
+        model = new_model(self.config, len(self.space), pretrained=fresh)
         if init is not None and newest is None:
-            _start_from(detector, init)
+            task = self._start_from(model, read_weights(init))
         if newest is None:
-            distributed.same_everywhere(detector.state_dict().values())
+            distributed.same_everywhere(model.state_dict().values())
+            if (word := norm_advice(self.config, model, task)) is not None:
+                logger.warning("%s", word)
         self._rewind(newest)
-        detector.to(self.device)
+        model.to(self.device)
         stages = self.config.stages()
         self.observer.plan([(name, stage.steps) for name, stage in stages], self._evaluations())
-        seconds = 0.0
+        seconds, cost = 0.0, Cost()
         names = [name for name, _ in stages]
         for name, stage_config in stages:
             if newest is not None and names.index(newest.state.stage) > names.index(name):
-                apply_norm_policy(detector, stage_config.norm)  # may have made other layers
+                follow_stage(model, stage_config)  # may have made other layers
                 self.base += stage_config.steps
                 continue
-            stage = self._prepare(name, stage_config, detector, newest, seconds)
+            stage = self._prepare(name, stage_config, model, newest)
+            if newest is None:
+                stage.seconds, stage.cost = seconds, cost
             newest = None
             self._train(name, stage)
-            seconds = stage.seconds
-            detector.load_state_dict(self._result(stage), strict=False)
+            seconds, cost = stage.seconds, stage.cost
+            model.load_state_dict(self._result(stage), strict=False)
             self.base += stage_config.steps
         distributed.from_main(lambda: write_run_report(self.folder, self.val_index) and None)
         evaluations = self.folder.evaluations()
         last = evaluations[-1] if evaluations else None
-        kept = (*KEYS, *MASK_KEYS, "by_class")
-        scores = None if last is None else {key: last[key] for key in kept if key in last}
-        images = sum(stage.steps * stage.batch_size for _, stage in stages)
+        scores = None if last is None else {key: last[key] for key in last if key not in ROW_KEYS}
+        images = self._images(len(stages))
         return RunResult(path=self.folder.path, scores=scores, seconds=seconds, images=images)
+
+    def _start_from(self, model: Model, initial: InitialWeights) -> Task | None:
+        """Loads weights into the new model; gives the task that they were trained for."""
+        first = self.config.stages()[0][1].norm
+        report = start_from(model, initial, self.space, first, self.config.init_parts)
+        distributed.from_main(lambda: keep_report(self.folder, report))
+        return initial.task
 
     def _newest(self) -> Checkpoint | None:
         """The checkpoint to go on from. RunError where there are some and none is whole."""
@@ -166,24 +177,25 @@ class Session:
             module = importlib.import_module("gesso.reports.tensorboard")
             self.tensorboard = module.TensorBoardWriter(self.folder.path / "tensorboard", resumed_step=step + 1)
 
-    def _prepare(
-        self, name: str, config: TrainingConfig, detector: nn.Module, newest: Checkpoint | None, seconds: float
-    ) -> Stage:
+    def _images(self, stages: int) -> int:
+        """The pictures seen in so many stages."""
+        return sum(stage.steps * stage.batch_size for _, stage in self.config.stages()[:stages])
+
+    def _prepare(self, name: str, config: TrainingConfig, model: Model, newest: Checkpoint | None) -> Stage:
         """A stage at its beginning, or where the checkpoint left it."""
         pictures = config.batch_size // (distributed.world_size() * config.accumulate)
-        apply_norm_policy(detector, config.norm, pictures=pictures)
-        detector.to(torch.float64 if config.precision == "float64" else torch.float32)
+        follow_stage(model, config, pictures=pictures)
+        model.to(torch.float64 if config.precision == "float64" else torch.float32)
         if newest is not None:
-            newest.load_model(detector)
-        ema = None if config.ema_decay is None else EMA(detector, config.ema_decay)
+            newest.load_model(model)
+        ema = None if config.ema_decay is None else EMA(model, config.ema_decay)
         stage = Stage(
             config=config,
-            module=detector,
-            optimizer=build_optimizer(detector, config.optimizer),
+            module=model,
+            optimizer=build_optimizer(model, config.optimizer),
             ema=ema,
             device=self.device,
             seed=fold(self.config.seed, STAGES[name]),
-            seconds=seconds,
         )
         self.meter, self.precise = RowMeter(), {}
         if newest is not None:
@@ -191,6 +203,7 @@ class Session:
             if ema is not None:
                 newest.load_ema(ema)
             stage.step, stage.sample, stage.seconds = newest.state.stage_step, newest.state.sample, newest.state.seconds
+            stage.cost = Cost(**newest.state.cost)
             self.meter, self.precise = RowMeter.resumed(newest.state.meter), newest.precise_statistics()
         return stage
 
@@ -220,7 +233,8 @@ class Session:
             rank=distributed.rank(),
             world=distributed.world_size(),
             max_boxes=data.max_boxes,
-            mask_side=stage.module.mask_side if isinstance(stage.module, Detector) else 0,
+            mask_side=_model(stage).mask_side,
+            semantic=_model(stage).semantic,
         )
         last = name == self.config.stages()[-1][0]
         callbacks = Callbacks(
@@ -278,8 +292,7 @@ class Session:
     def _row(self, name: str, step: int, row: Row) -> None:
         if not distributed.is_main():
             return
-        before = sum(s.steps * s.batch_size for _, s in self.config.stages()[: self._number(name)])
-        row = {"step": step, "stage": name, **row, "images": before + row["images"]}
+        row = {"step": step, "stage": name, **row, "images": self._images(self._number(name)) + row["images"]}
         with self._full_disk_is_survived(step):
             self.folder.append(row)
         row_logger.info(row_line(row, step - self.base, self.config.stages()[self._number(name)][1].steps))
@@ -313,14 +326,7 @@ class Session:
         if self.val_index is None or (at_end and not final and stage.step % stage.config.evaluate_every):
             return
         self.saver.settle()  # loaders must not be forked beside a thread at work
-        ready = TrainedDetector(
-            detector=stage.module,
-            label_space=self.space,
-            input=stage.config.input,
-            device=self.device,
-            batch_size=self.config.data.inference_batch_size,
-            precision=stage.config.precision,
-        )
+        ready = trained(self.config, stage.config, _model(stage), self.space, self.device)
         done, total, index = [0], len(self.val_index), self.val_index
 
         def progress(count: int) -> None:
@@ -329,19 +335,16 @@ class Session:
 
         with swapped(stage.module, self._result(stage)):
             scores, found = ready.evaluate(index, workers=self.config.data.workers, progress=progress)
-        distributed.from_main(lambda: self._keep_scores(name, stage, scores, found, final=final))
-        self.saver.scored(scores["AP"], self.base + stage.step)
+        distributed.from_main(lambda: self._keep_scores(name, stage, scores, lambda to: ready.keep(found, to, index)))
+        self.saver.scored(scores[ready.primary], self.base + stage.step)
 
-    def _keep_scores(
-        self, name: str, stage: Stage, scores: dict[str, Any], found: DetectionTable, *, final: bool
-    ) -> None:
+    def _keep_scores(self, name: str, stage: Stage, scores: dict[str, Any], keep: Callable[[Path], None]) -> None:
         """Writes what an evaluation came to."""
-        assert self.val_index is not None
         step = self.base + stage.step
-        target = self.folder.detections / f"{step:08d}" / "detections.parquet"
         row = {"step": step, "stage": name, "seconds": stage.seconds, **scores}
-        with self._full_disk_is_survived(step, unless=final and stage.step == stage.config.steps):
-            write_detections(found, target, self.val_index.label_space.ids)
+        final = name == self.config.stages()[-1][0] and stage.step == stage.config.steps
+        with self._full_disk_is_survived(step, unless=final):
+            keep(self.folder.detections / f"{step:08d}")
             self.folder.append(row)
         logger.info("step %d: %s", step, describe(row))
         self.observer.row(row)
@@ -368,24 +371,12 @@ class Session:
             precise=self.precise,
             required=stage.stopped or last,
         )
+        if distributed.is_main():
+            images = self._images(self._number(name)) + stage.step * stage.config.batch_size
+            with self._full_disk_is_survived(self.base + stage.step):
+                keep_cost(self.folder, cost_of(stage, images))
 
 
-def _start_from(detector: nn.Module, init: Path) -> None:
-    """Loads the weights of a run or a checkpoint folder into a new detector of the same form."""
-    folder = init / "checkpoints" if (init / "checkpoints").is_dir() else None
-    found = checkpoints.best_checkpoint(folder) if folder is not None else checkpoints.read_checkpoint(init)
-    if found is None:
-        raise RunError(
-            "there is no whole checkpoint to start from", where=init, remedy="Name a run or a checkpoint folder."
-        )
-    weights = found.weights()
-    if not any(name.endswith("running_mean") for name in weights):
-        apply_norm_policy(detector, NormPolicy(kind="group_norm"))  # as the run did; other norms are left alone
-    try:
-        detector.load_state_dict(weights)
-    except RuntimeError as error:
-        what = " ".join(str(error).split())[:200]
-        raise RunError(
-            f"its weights do not fit this detector: {what}", where=init, remedy="Use the same recipe and classes."
-        ) from error
-    logger.info("starting from the weights of %s", found.path)
+def _model(stage: Stage) -> Model:
+    assert isinstance(stage.module, Model)
+    return stage.module

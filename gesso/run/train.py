@@ -109,7 +109,7 @@ def train(
 def prepared(config: RunConfig) -> RunConfig:
     """The configuration as a run stores it: paths absolute, epochs as steps; its data can be used (``check_data``)."""
     config = with_absolute_paths(config)
-    check_data(config.data, config.model)
+    check_data(config.data, config.model, config.metrics)
     return with_steps(config, training_images(config.data))
 
 

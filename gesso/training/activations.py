@@ -6,12 +6,13 @@ Bytes are those of the storages that autograd saves, each counted once; weights 
 import contextlib
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -281,9 +282,12 @@ class _Pass:
 
 
 @contextlib.contextmanager
-def bytes_alive(device: torch.device, known: Iterable[Tensor]) -> "Iterator[AliveOnCpu | AliveOnGpu]":
-    """Counts within the block the bytes of tensors that are made and not freed; ``known`` are there before."""
-    if device.type == "cuda":
+def bytes_alive(device: torch.device, known: Collection[Tensor]) -> "Iterator[AliveOnCpu | AliveOnGpu]":
+    """Counts within the block the bytes of tensors that are made and not freed; ``known`` are there before.
+
+    Tensors without values (torch's fake ones) are counted as on the CPU: no allocator knows them.
+    """
+    if device.type == "cuda" and not any(isinstance(tensor, FakeTensor) for tensor in known):
         yield AliveOnGpu(device)
         return
     with AliveOnCpu(known) as alive:
@@ -377,7 +381,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return int(tensor.untyped_storage()._cdata)  # tensors without values have no address of data
 
 
 def _now(tree: Any) -> Any:

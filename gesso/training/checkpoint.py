@@ -50,6 +50,7 @@ class CheckpointState:
         ema_updates: how often the averages were updated.
         best_score: the best validation AP so far, and best_step, its step; None before the first evaluation.
         meter: what was gathered for the next row, ``timing.RowMeter.kept``.
+        cost: what the run took so far, the fields of ``timing.Cost``.
     """
 
     step: int
@@ -64,6 +65,7 @@ class CheckpointState:
     best_score: float | None = None
     best_step: int | None = None
     meter: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

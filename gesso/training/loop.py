@@ -75,6 +75,7 @@ def run_stage(stage: Stage, batches: Batches, callbacks: Callbacks) -> None:
         stage.sample += config.batch_size
         spent = time.perf_counter() - began
         stage.seconds += spent
+        stage.cost.device_seconds += spent * distributed.world_size()
         pending = _Pending(stage.step, numbers, marks, spent, stage.seconds, *there)
         callbacks.tick(stage.step)
         if distributed.world_size() == 1:
@@ -93,7 +94,9 @@ def _pause(stage: Stage, pending: _Pending, callbacks: Callbacks) -> _Pending | 
         return pending
     _read(stage, pending, callbacks)
     if evaluate:
+        began = time.perf_counter()
         callbacks.evaluate(stage)
+        stage.cost.evaluation_seconds += time.perf_counter() - began
     callbacks.checkpoint(stage)
     return None
 
@@ -112,7 +115,9 @@ def _read(stage: Stage, pending: _Pending, callbacks: Callbacks) -> None:
                 remedy=f"Lower the learning rate, lengthen the warm-up, or clip gradients (clip_norm). {more}".strip(),
             )
         )
-    callbacks.meter.add(numbers, pending.spent, pending.marks.seconds())
+    phases = pending.marks.seconds()
+    stage.cost.data_seconds += phases["data"]
+    callbacks.meter.add(numbers, pending.spent, phases)
     if _row_is_due(stage.config, pending.step):
         callbacks.row(pending.step, numbers | _row(stage, pending, callbacks.meter))
 

@@ -82,10 +82,10 @@ class Plan:
             return f"memory {self.memory.kind}: nothing is computed twice"
         return (
             f"memory {self.memory.kind}: {self.units} of {self.all_units} blocks are computed twice, in "
-            f"{len(self.segments)} segments; {_words(self.kept_bytes)} of {_words(self.all_bytes)} of activations of "
-            f"backbone and neck are kept, at most {_words(self.largest_bytes)} come back at a time; "
+            f"{len(self.segments)} segments; {words_of(self.kept_bytes)} of {words_of(self.all_bytes)} of activations "
+            f"of backbone and neck are kept, at most {words_of(self.largest_bytes)} come back at a time; "
             f"{self.seconds / max(self.all_seconds, 1e-9):.0%} of their forward pass is done again; a step should hold "
-            f"{_words(self.peak_bytes)} at most"
+            f"{words_of(self.peak_bytes)} at most"
         )
 
 
@@ -97,14 +97,20 @@ def parse_memory(text: str) -> Memory:
     """
     if text in ("none", "stages", "sqrt"):
         return Memory(text)  # type: ignore[arg-type]
-    found = re.fullmatch(rf"budget=(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})", text, re.IGNORECASE)
-    bytes = round(float(found[1]) * _UNITS[found[2].lower()]) if found else 0
+    key, equals, amount = text.partition("=")
+    bytes = parse_bytes(amount) if key.lower() == "budget" and equals else 0
     if bytes == 0:
         raise ConfigError(
             f"memory is '{text}'",
             remedy="Write none, stages, sqrt, or a budget in MB, GB, MiB or GiB such as budget=11GB.",
         )
     return Memory("budget", bytes)
+
+
+def parse_bytes(text: str) -> int:
+    """The bytes of ``11GB``, ``512 MiB`` and the like; 0 where it is nothing of the kind."""
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})", text, re.IGNORECASE)
+    return round(float(found[1]) * _UNITS[found[2].lower()]) if found else 0
 
 
 def save_memory(detector: Detector, memory: Memory, batch: ImageBatch, targets: Targets, *, fixed_bytes: int) -> Plan:
@@ -185,16 +191,16 @@ def _within(budget: int, moves: Moves, fixed_bytes: int) -> list[Move]:
     """The quickest choice that keeps within a budget."""
     chosen = recomputation.quickest(moves, budget - fixed_bytes)
     if chosen is None:
-        least = _words(recomputation.peak(recomputation.least_peak(moves)) + fixed_bytes)
+        least = words_of(recomputation.peak(recomputation.least_peak(moves)) + fixed_bytes)
         raise ConfigError(
-            f"a step does not fit into the memory budget of {_words(budget)}: the least is {least}, "
-            f"{_words(fixed_bytes)} of it for weights, gradients, averages and the optimizer",
+            f"a step does not fit into the memory budget of {words_of(budget)}: the least is {least}, "
+            f"{words_of(fixed_bytes)} of it for weights, gradients, averages and the optimizer",
             remedy=f"Set memory to budget={least} or above, or take fewer pictures at a time.",
         )
     return chosen
 
 
-def _words(bytes: int) -> str:
+def words_of(bytes: int) -> str:
     """Bytes for people, in a unit that budgets are written in; rounded up, so that as much is enough."""
     if bytes < 10**10:
         return f"{math.ceil(bytes / 10**6)}MB"

@@ -3,7 +3,7 @@
 Linear scaling: Goyal et al., "Accurate, Large Minibatch SGD", section 2.1; for detectors MegDet, section 3.1: one step
 on k times the pictures at k times the rate has the variance of k steps. Warm-up: Goyal et al., section 2.2; the form of
 direct pre-training's published code, lr * (1 - (1 - t / W) * (1 - ratio)). Steps at shares of the schedule: Faster
-R-CNN with FPN (8 and 11 of 12 epochs).
+R-CNN with FPN (8 and 11 of 12 epochs). A power of what is left: DeepLab (Chen et al. 2017), section 4.1.2, and PSPNet.
 """
 
 import itertools
@@ -18,8 +18,8 @@ from gesso.errors import ConfigError
 class ScheduleConfig:
     """How the learning rate moves from the first step to the last."""
 
-    kind: Literal["constant", "multi_step", "cosine"] = "multi_step"
-    """constant; multi_step: times a factor at each milestone; cosine: down to 0 at the end."""
+    kind: Literal["constant", "multi_step", "cosine", "poly"] = "multi_step"
+    """constant; multi_step: times a factor at each milestone; cosine and poly: down to 0 at the end."""
     base_images: int | None = None
     """The pictures of a step that the optimizer's rate is stated for: the rate used is the rate times batch_size /
     base_images (linear scaling). None = the rate is used as it is."""
@@ -34,6 +34,8 @@ class ScheduleConfig:
     """What a multi-step schedule multiplies the rate by at each milestone."""
     factors: tuple[float, ...] = ()
     """The factor of each milestone, where they differ; empty = ``factor`` at each."""
+    power: float = 0.9
+    """A poly schedule multiplies the rate by the share of the steps that is left, to this power."""
 
     def __post_init__(self) -> None:
         ratio = self.warmup_ratio
@@ -48,6 +50,8 @@ class ScheduleConfig:
         if not all(0 < factor <= 1 for factor in (self.factor, *self.factors)):
             found = self.factors or self.factor
             raise ConfigError(f"schedule: every factor must lie above 0 and not above 1, found {found}")
+        if not self.power > 0:
+            raise ConfigError(f"schedule: power must be above 0, found {self.power}")
         if self.factors and len(self.factors) != len(self.milestones):
             raise ConfigError(
                 f"schedule: there are {len(self.factors)} factors for {len(self.milestones)} milestones",
@@ -77,6 +81,8 @@ def describe_rule(config: ScheduleConfig, rate: float, batch_size: int, total_st
         lines.append("no warm-up")
     if config.kind == "cosine":
         lines.append(f"down to 0 along half a cosine over {total_steps:,} steps")
+    elif config.kind == "poly":
+        lines.append(f"down to 0 as the share of {total_steps:,} steps that is left, to the power {config.power:g}")
     elif config.kind == "multi_step" and config.milestones:
         lines.append(f"{_drops(config, total_steps)}, of {total_steps:,} in all")
     else:
@@ -115,6 +121,9 @@ def _warmup(config: ScheduleConfig, step: int, batch_size: int) -> float:
 def _decay(config: ScheduleConfig, step: int, total_steps: int) -> float:
     if config.kind == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * min(step / max(total_steps, 1), 1.0)))
+    if config.kind == "poly":
+        left = 1.0 - min(step / max(total_steps, 1), 1.0)
+        return math.pow(left, config.power)
     if config.kind == "multi_step":
         passed = sum(step >= drop for drop in _drop_steps(config, total_steps))
         return math.prod(_factors(config)[:passed])

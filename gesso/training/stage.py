@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from gesso import distributed
 from gesso.data.transforms import InputConfig
 from gesso.errors import ConfigError
-from gesso.models.detector import Detector
 from gesso.models.losses import BatchLosses
+from gesso.models.model import Model
 from gesso.models.norm import NormPolicy
 from gesso.structures import ImageBatch, Targets
 from gesso.training.ema import EMA
 from gesso.training.memory import parse_memory
 from gesso.training.optimizer import SGD, AdamW
 from gesso.training.schedule import ScheduleConfig
+from gesso.training.timing import Cost
 
 MOST_GRAPHS = 64
 """Two stages of five padded shapes at five short sides each are 50; torch's own limit is 8."""
@@ -32,6 +33,8 @@ class TrainingConfig:
     """Optimizer steps of the stage."""
     epochs: float | None = None
     """Passes over the training data instead of ``steps``, which follow from it when the run begins."""
+    images: int | None = None
+    """Pictures to train on, repeats included, instead of ``steps``, which follow from it and the batch size."""
     batch_size: int = 16
     """Pictures of a step, over all processes."""
     accumulate: int = 1
@@ -47,6 +50,9 @@ class TrainingConfig:
     """The learning rate over the steps."""
     norm: NormPolicy = field(default_factory=NormPolicy)
     """What batch norm does."""
+    frozen_stages: int | None = None
+    """How much of the backbone is frozen in this stage, as ``model.backbone.frozen_stages`` counts; None = as that
+    says."""
     clip_norm: float | None = None
     """The largest norm of all gradients together; None = no clipping."""
     ema_decay: float | None = None
@@ -84,6 +90,12 @@ class TrainingConfig:
             raise ConfigError(f"training: clip_norm must be above 0, found {self.clip_norm}")
         if self.epochs is not None and not self.epochs > 0:
             raise ConfigError(f"training: epochs must be above 0, found {self.epochs}")
+        if self.images is not None and self.images < 1:
+            raise ConfigError(f"training: images must be at least 1, found {self.images}")
+        if self.images is not None and self.epochs is not None:
+            raise ConfigError("training: epochs and images both say how long it is", remedy="Set one of them to None.")
+        if self.frozen_stages is not None and not -1 <= self.frozen_stages <= 4:
+            raise ConfigError(f"training: frozen_stages must lie between -1 and 4, found {self.frozen_stages}")
         parse_memory(self.memory)
         if self.precise_bn < 0:
             raise ConfigError(f"training: precise_bn must be at least 0, found {self.precise_bn}")
@@ -109,6 +121,7 @@ class Stage:
     sample: int = 0
     seconds: float = 0.0
     stopped: bool = False
+    cost: Cost = field(default_factory=Cost)
     alive: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -142,10 +155,10 @@ class Stage:
         return distributed.world_size() == 1 and "parallel" in vars(self)
 
     def losses(self, batch: ImageBatch, targets: Targets, counts: Tensor | None = None) -> BatchLosses:
-        """The forward pass; ``counts`` of the global batch, where it is known already. See ``Detector.forward``."""
+        """The forward pass; ``counts`` of the global batch, where it is known already. See ``Model.forward``."""
         several = distributed.world_size() > 1 or self.holds_gradients
         run = self.parallel if several and torch.is_grad_enabled() else self.compiled
-        if isinstance(self.module, Detector):
+        if isinstance(self.module, Model):
             found: BatchLosses = run(batch, targets, counts=counts, counted=True)
             return found
         return BatchLosses(run(batch, targets), torch.zeros(0, dtype=torch.int64), {})

@@ -127,3 +127,18 @@ class RowMeter:
     def resumed(cls, kept: Mapping[str, Any]) -> "RowMeter":
         """One that goes on where ``kept`` was made; empty where that is."""
         return cls(ratios=dict(kept.get("ratios", {})), ratio_steps=kept.get("steps", 0))
+
+
+@dataclass
+class Cost:
+    """What a run took so far beside ``Stage.seconds``, over all its stages and starts.
+
+    Attributes:
+        data_seconds: of training, in which process 0 waited for data.
+        evaluation_seconds: which are no part of training.
+        device_seconds: seconds of training times the devices (GPUs; processes on a CPU) that it ran on.
+    """
+
+    data_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    device_seconds: float = 0.0

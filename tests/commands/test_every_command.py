@@ -9,17 +9,37 @@ import pytest
 from gesso.cli import COMMANDS
 from tests.command_line import coco, environment, process
 
-HEAVY = ("demo", "train", "evaluate", "predict", "recipes", "config", "plan scaling", "plan bench", "debug replay")
+HEAVY = (
+    "demo",
+    "train",
+    "transfer",
+    "transfer matrix",
+    "transfer probe",
+    "evaluate",
+    "predict",
+    "recipes",
+    "config",
+    "debug replay",
+)
+HEAVY += ("plan memory", "plan scaling", "plan bench")
 LIGHT = [name for name in COMMANDS if name not in HEAVY]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help(gesso, name):
-    recipe = ["debug:tiny"] if name in ("train", "config") else []
+    recipe = ["debug:tiny"] if name in ("train", "config", "plan memory") else []
     shown = gesso(*name.split(), *recipe, "--help")
     assert shown.out.startswith(f"usage: gesso {name}") and not shown.err
     assert "--json" in shown.out
-    assert "(required)" in shown.out or name in ("demo", "recipes", "train", "config", "plan scaling", "plan bench")
+    assert "(required)" in shown.out or name in (
+        "demo",
+        "recipes",
+        "train",
+        "config",
+        "plan memory",
+        "plan scaling",
+        "plan bench",
+    )
 
 
 @pytest.mark.parametrize("words", [[], ["-h"], ["--help"], ["help"]])
@@ -32,7 +52,7 @@ def test_help_of_a_group_and_version(gesso):
     assert (
         gesso("data").out
         == gesso("data", "--help").out
-        == "usage: gesso data import|check|stats|split|export ... [--help]\n"
+        == "usage: gesso data import|check|stats|split|select|export ... [--help]\n"
     )
     assert gesso("--version").out.startswith("gesso ")
 

@@ -196,7 +196,7 @@ def _evaluated(index):
     config = tiny_config("mask_rcnn", postprocess=PostprocessConfig(detections=100, candidates=320, min_score=0.0))
     detector = build_detector(config, len(index.label_space)).double().eval()
     ready = TrainedDetector(
-        detector=detector,
+        model=detector,
         label_space=index.label_space,
         input=INPUT,
         device=torch.device("cpu"),

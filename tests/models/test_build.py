@@ -1,17 +1,22 @@
+import dataclasses
+
 import pytest
+import torch
 
 from gesso.config import from_dict, to_dict
 from gesso.errors import ConfigError
 from gesso.models.anchors import AnchorConfig
 from gesso.models.backbone import BackboneConfig
 from gesso.models.box_head import BoxHeadConfig
-from gesso.models.build import build_detector
+from gesso.models.build import build_detector, build_model
 from gesso.models.cascade_rcnn import CascadeRCNN, CascadeRCNNConfig
+from gesso.models.classifier import Classifier, ClassifierConfig
 from gesso.models.faster_rcnn import FasterRCNN, FasterRCNNConfig
 from gesso.models.fpn import FPNConfig
 from gesso.models.norm import NormPolicy, apply_norm_policy
 from gesso.models.retinanet import RetinaNet, RetinaNetConfig
 from gesso.models.rfcn import RFCN, RFCNConfig
+from gesso.models.segmenter import Segmenter, SegmenterConfig
 from gesso.models.semantic import SegmentationConfig
 from gesso.models.single_level import SingleLevelConfig
 from tests.models.helpers import KINDS, tiny_config
@@ -32,9 +37,26 @@ def test_builds_what_the_configuration_says(kind):
     assert detector.num_classes == 7 and detector.config == tiny_config(kind)
 
 
-def test_channels_last_weights_and_sizes():
-    import torch
+@pytest.mark.parametrize(("kind", "model"), [(SegmenterConfig, Segmenter), (ClassifierConfig, Classifier)])
+def test_builds_models_of_every_task(kind, model):
+    config = kind(backbone=BackboneConfig(name="test_resnet", pretrained=False))
+    made = build_model(config, 7)
+    assert type(made) is model and made.num_classes == 7 and made.config == config
+    weight = next(value for value in made.parameters() if value.dim() == 4)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ConfigError, match="0 classes"):
+        build_model(config, 0)
+    assert type(build_model(tiny_config(), 7)) is FasterRCNN
 
+
+def test_a_value_that_no_field_may_hold_is_refused():
+    with pytest.raises(ConfigError, match="background: expected bool"):
+        build_model(SegmenterConfig(background="yes"), 3)
+    with pytest.raises(ConfigError, match="dropout: expected float"):
+        build_model(dataclasses.replace(ClassifierConfig(), dropout=False), 3)
+
+
+def test_channels_last_weights_and_sizes():
     detector = build_detector(tiny_config(neck=FPNConfig(width=24)), 7)
     assert detector.box_head.classes.out_features == 8 and detector.neck.channels["P2"] == 24
     assert detector.neck.output[0][0].weight.is_contiguous(memory_format=torch.channels_last)

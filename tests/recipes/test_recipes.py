@@ -8,18 +8,20 @@ import pytest
 
 from gesso import config as configs
 from gesso.errors import ConfigError
-from gesso.models.build import DetectorConfig
+from gesso.models.build import ModelConfig
 from gesso.recipes.catalog import all_recipes, find_recipe, make_config
 from gesso.recipes.debug import tiny
 from gesso.run.config import RunConfig
-from gesso.run.predictor import new_detector
+from gesso.run.models import new_model
 from gesso.training.schedule import rate_factor
 
 NAMES = sorted(all_recipes())
 
 
 def test_the_promised_recipes_are_there():
-    assert {"debug:tiny", "demo:direct", "demo:scratch", "direct:small"} <= set(NAMES)
+    assert {"debug:tiny", "demo:direct", "demo:scratch", "direct:small", "classify:small", "segment:small"} <= set(
+        NAMES
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -31,8 +33,8 @@ def test_a_recipe_can_be_stored_and_read_back(name):
 
 
 @functools.cache
-def built(model: DetectorConfig) -> bool:
-    new_detector(dataclasses.replace(tiny(), model=model), 3, pretrained=False)
+def built(model: ModelConfig) -> bool:
+    new_model(dataclasses.replace(tiny(), model=model), 3, pretrained=False)
     return True
 
 

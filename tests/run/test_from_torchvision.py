@@ -100,8 +100,8 @@ def test_frozen_norms_with_epsilon_zero_and_a_fixed_size():
     same(detector.predict(pictures()), theirs, first=1)
     assert detector.batch(pictures()).sizes.tolist() == [[96, 128]] * 2
     assert to_torchvision(detector, copy.deepcopy(module)) is not module
-    norms = [part for part in detector.detector.backbone.modules() if isinstance(part, PolicyBatchNorm2d)]
-    assert norms and not any(norm.training for norm in detector.detector.train().backbone.modules() if norm in norms)
+    norms = [part for part in detector.model.backbone.modules() if isinstance(part, PolicyBatchNorm2d)]
+    assert norms and not any(norm.training for norm in detector.model.train().backbone.modules() if norm in norms)
 
 
 def small(**changes: Any) -> nn.Module:
@@ -115,7 +115,7 @@ def small(**changes: Any) -> nn.Module:
 def test_pictures_of_every_kind_and_broken_ones(tmp_path):
     module = spread(small(), pictures())
     detector = from_torchvision(module, names=["cat", "dog", "N/A"])
-    assert next(detector.detector.parameters()).dtype == torch.float32
+    assert next(detector.model.parameters()).dtype == torch.float32
     given = pictures(9, ((40, 60), (60, 40), (50, 50)))
     Image.fromarray(given[1]).save(tmp_path / "picture.png")
     (tmp_path / "broken.png").write_bytes(b"nothing")
@@ -176,7 +176,7 @@ def test_weights_go_back_and_the_module_finds_the_same():
     before = copy.deepcopy(module.state_dict())
     detector = gesso.from_torchvision(module)
     with torch.no_grad():
-        for parameter in detector.detector.parameters():
+        for parameter in detector.model.parameters():
             parameter.mul_(1.01)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     empty = small()
@@ -198,7 +198,7 @@ def test_modules_of_another_form_are_not_written():
     with pytest.raises(ConfigError, match="kind is RetinaNetConfig there"):
         to_torchvision(detector, build("retinanet_resnet50_fpn"))
     with pytest.raises(ConfigError, match="backbone is resnet50 there and resnet18 here"):
-        to_torchvision(detector.detector, build("fasterrcnn_resnet50_fpn"))
+        to_torchvision(detector.model, build("fasterrcnn_resnet50_fpn"))
     with pytest.raises(ConfigError, match=r"box_head\.box_weights"):
         to_torchvision(detector, small(bbox_reg_weights=(1.0, 1.0, 1.0, 1.0)))
     with pytest.raises(ConfigError, match="mean of pictures"):
@@ -208,4 +208,4 @@ def test_modules_of_another_form_are_not_written():
     with pytest.raises(ConfigError, match="backbone is resnet18 there"):
         to_torchvision(tiny_detector(), small())
     with pytest.raises(ConfigError, match="no detector"):
-        to_torchvision(dataclasses.replace(detector, detector=detector.detector), nn.Linear(1, 1))
+        to_torchvision(dataclasses.replace(detector, model=detector.model), nn.Linear(1, 1))

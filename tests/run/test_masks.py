@@ -18,7 +18,7 @@ from gesso.models.mask_head import MaskHeadConfig
 from gesso.run.config import RunConfig
 from gesso.run.data import check_data
 from gesso.run.folder import RunFolder
-from gesso.run.predictor import load_run
+from gesso.run.models import load_run
 from gesso.run.report import last_detections, write_run_report
 from gesso.run.train import train
 from tests.run.helpers import Data, rows, tiny_run

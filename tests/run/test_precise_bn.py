@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from gesso.data.index import Index
 from gesso.errors import Interrupted
 from gesso.models.norm import NormPolicy
-from gesso.run.predictor import TrainedDetector, load_run
+from gesso.run.models import load_run
+from gesso.run.predictor import TrainedDetector
 from gesso.run.train import train
 from gesso.training.checkpoint import read_checkpoint
 from gesso.training.loop import run_stage
@@ -48,7 +49,7 @@ def test_it_is_what_is_evaluated_and_loaded(data, precise):
     assert {key: row[key] for key in scores if key != "by_class"} == pytest.approx(
         {key: value for key, value in scores.items() if key != "by_class"}
     )
-    weights = load_run(precise).detector.state_dict()
+    weights = load_run(precise).model.state_dict()
     _, statistics = saved(precise, 4)
     assert all(torch.equal(weights[name], value) for name, value in statistics.items())
 
@@ -111,7 +112,7 @@ def test_evaluations_use_the_averages(data, tmp_path, monkeypatch):
     seen, evaluate = [], TrainedDetector.evaluate
 
     def spy(self, *given, **options):
-        seen.append({name: value.clone() for name, value in self.detector.state_dict().items()})
+        seen.append({name: value.clone() for name, value in self.model.state_dict().items()})
         return evaluate(self, *given, **options)
 
     monkeypatch.setattr(TrainedDetector, "evaluate", spy)

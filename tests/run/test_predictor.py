@@ -13,7 +13,9 @@ from gesso.data.decode import read_picture
 from gesso.data.index import Index
 from gesso.errors import DataError, InputError, RunError
 from gesso.evaluation.detection_files import read_detections
-from gesso.run.predictor import TrainedDetector, find_pictures, load_run
+from gesso.evaluation.voc import score_voc
+from gesso.run.models import load_run
+from gesso.run.predictor import TrainedDetector, find_pictures
 from gesso.run.train import train
 from tests.run.helpers import differences, rows, tensors, tiny_run, two_stages
 
@@ -48,7 +50,7 @@ def test_averages_are_what_predicts(averaged):
     step = json.loads((averaged / "checkpoints" / "best.json").read_text())["step"]
     folder = averaged / "checkpoints" / f"{step:08d}"
     ema, own = load_file(folder / "ema.safetensors"), load_file(folder / "model.safetensors")
-    weights = load_run(averaged).detector.state_dict()
+    weights = load_run(averaged).model.state_dict()
     assert all(torch.equal(weights[name], ema[name]) for name in ema)
     assert any(not torch.equal(weights[name], own[name]) for name in own)
 
@@ -60,7 +62,7 @@ def test_the_best_and_not_the_newest_is_loaded(averaged, tmp_path):
         path = tmp_path / "r" / "checkpoints" / f"{step:08d}" / "state.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"best_step": 2, "best_score": 0.9}))
     expected = load_file(averaged / "checkpoints" / "00000002" / "ema.safetensors")
-    weights = load_run(tmp_path / "r").detector.state_dict()
+    weights = load_run(tmp_path / "r").model.state_dict()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
@@ -180,9 +182,28 @@ def test_evaluation_does_not_disturb_training(data, straight, tmp_path):
 
 
 def test_an_evaluation_without_its_pictures_is_refused(data, straight, monkeypatch):
-    def gone(path):
+    def gone(path, *_):
         raise DataError("the picture cannot be read: No such file or directory", where=path)
 
     monkeypatch.setattr("gesso.data.samples.read_picture", gone)
     with pytest.raises(DataError, match="4 of 4 pictures could not be read"):
         load_run(straight).evaluate(Index.open(data.val))
+
+
+def test_scores_of_other_benchmarks_beside_cocos(data, straight, tmp_path):
+    """They are what the evaluators say of the same detections."""
+    config = dataclasses.replace(tiny_run(data, steps=1, batch_size=4, evaluate_every=1), metrics=("voc",))
+    result = train(config, tmp_path / "r", init=straight)
+    index, run = Index.open(data.val), load_run(tmp_path / "r")
+    scores, table = run.evaluate(index)
+    assert scores == result.scores
+    assert scores["voc_AP50"] == pytest.approx(score_voc(index, table, inclusive=False)["mAP"])
+    assert scores["voc_AP70"] == pytest.approx(score_voc(index, table, iou=0.7, inclusive=False)["mAP"])
+    assert scores["voc_AP50_11"] == pytest.approx(score_voc(index, table, points="11", inclusive=False)["mAP"])
+
+
+def test_scores_that_the_data_does_not_allow_are_refused_at_once(data, tmp_path):
+    config = dataclasses.replace(tiny_run(data), metrics=("miss_rate",))
+    with pytest.raises(DataError, match="no category 'pedestrian'"):
+        train(config, tmp_path / "r")
+    assert not (tmp_path / "r").exists()

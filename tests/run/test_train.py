@@ -181,7 +181,7 @@ def test_the_last_evaluation_is_the_result_and_must_be_written(data, straight, t
         def refuse(*given):
             raise InputError("the disk is full", where=out)
 
-        patch.setattr("gesso.run.session.write_detections", refuse)
+        patch.setattr("gesso.run.predictor.write_detections", refuse)
         with pytest.raises(InputError, match="the disk is full"):
             train(config, out)
     train(config, out, resume=True)

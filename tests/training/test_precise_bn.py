@@ -11,7 +11,7 @@ from gesso.data.loading import training_batches
 from gesso.models.norm import NormPolicy, PolicyBatchNorm2d, apply_norm_policy
 from gesso.random_key import fold
 from gesso.recipes.debug import tiny
-from gesso.run.predictor import new_detector
+from gesso.run.models import new_model
 from gesso.training.ema import EMA
 from gesso.training.loop import run_stage
 from gesso.training.optimizer import build_optimizer
@@ -94,7 +94,7 @@ def detector_stage(index, *, images: int | None, accumulate: int = 1):
     config = tiny_run(None, precision="float64", ema_decay=0.9, precise_bn=24, accumulate=accumulate)
     world = distributed.world_size()
     torch.manual_seed(0)
-    detector = new_detector(config, len(index.label_space), pretrained=False)
+    detector = new_model(config, len(index.label_space), pretrained=False)
     apply_norm_policy(detector, NormPolicy(kind="sync", images=images), pictures=8 // (world * accumulate))
     detector.double()
     stage = Stage(

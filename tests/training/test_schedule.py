@@ -42,6 +42,17 @@ def test_cosine_equals_torch():
         reference.step()
 
 
+@pytest.mark.parametrize("power", [0.9, 1.0, 2.5])
+def test_poly_equals_torch(power):
+    config = ScheduleConfig(kind="poly", power=power, warmup_steps=0)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    reference = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=40, power=power)
+    for step in range(43):
+        assert rate_factor(config, step, 40, 16) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        optimizer.step()
+        reference.step()
+
+
 def test_warmup_multiplies_the_decay():
     config = ScheduleConfig(kind="cosine", warmup_steps=10, warmup_ratio=0.0)
     assert rate_factor(config, 5, 20, 16) == pytest.approx(0.5 * 0.5 * (1 + math.cos(math.pi / 4)))
@@ -60,6 +71,7 @@ def test_warmup_multiplies_the_decay():
         {"factors": (0.1,)},
         {"base_images": 0},
         {"warmup_ratio": None},
+        {"power": 0.0},
     ],
 )
 def test_ranges(wrong):
@@ -146,6 +158,16 @@ def test_factors_of_each_milestone():
             ],
         ),
         (
+            {"kind": "poly", "warmup_steps": 0},
+            0.01,
+            16,
+            [
+                "learning rate 0.01",
+                "no warm-up",
+                "down to 0 as the share of 5,500 steps that is left, to the power 0.9",
+            ],
+        ),
+        (
             {"kind": "constant", "warmup_steps": 0},
             0.08,
             64,
@@ -169,13 +191,14 @@ def schedules(draw: st.DrawFn) -> ScheduleConfig:
     base_images = draw(st.none() | st.integers(1, 64))
     ratio = st.floats(0, 1)
     return ScheduleConfig(
-        kind=draw(st.sampled_from(["constant", "multi_step", "cosine"])),
+        kind=draw(st.sampled_from(["constant", "multi_step", "cosine", "poly"])),
         base_images=base_images,
         warmup_steps=draw(st.integers(0, 60)),
         warmup_ratio=draw(ratio if base_images is None else st.none() | ratio),
         milestones=milestones,
         factor=draw(st.floats(0.01, 1)),
         factors=draw(st.just(()) | st.tuples(*[st.floats(0.01, 1)] * len(milestones))),
+        power=draw(st.floats(0.1, 4)),
     )
 
 
@@ -209,6 +232,8 @@ def test_any_schedule_equals_the_slow_form(config, total, batch_size):
             decay *= factors.pop(0)
         if config.kind == "cosine":
             decay = math.cos(math.pi * step / (2 * total)) ** 2
+        if config.kind == "poly":
+            decay = math.exp(config.power * math.log((total - step) / total))
         warm = min(1.0, first + (1 - first) * step / max(config.warmup_steps, 1))
         warm = warm if step < config.warmup_steps else 1.0
         expected = batch_size / base * warm * decay
