@@ -24,7 +24,7 @@ from gesso.run.folder import RunFolder
 from gesso.run.models import load_run
 from gesso.run.report import footer
 from gesso.run.train import prepared, train
-from gesso.transfer.finetune import RateBy, Target, fine_tuning
+from gesso.transfer.finetune import RateBy, Target, as_trained, fine_tuning
 from gesso.transfer.matrix import ALL, Entry, Parts, Pretraining, plan_matrix, run_matrix
 from gesso.transfer.page import write_page
 from gesso.transfer.probe import probe
@@ -69,16 +69,16 @@ class TransferArguments:
 def transfer(words: list[str]) -> Result:
     """``gesso transfer``."""
     given = parse(TransferArguments, words, "transfer")
-    chosen = None if given.recipe is None else make_config(given.recipe)
+    chosen = as_trained(given.pretrained) if given.recipe is None else make_config(given.recipe)
     made = fine_tuning(
         given.pretrained,
-        chosen,
+        changed([chosen], given.set)[0],
         Target(train=given.data, val=given.val),
         parts=given.parts or None,
         rate_by=_rate_by(given.rate_by_weight_norm, given.reference, given.power),
         seed=given.seed,
     )
-    config = prepared(changed([made.config], given.set)[0])
+    config = prepared(made.config)
     again = command_line("transfer", *words, *([] if given.resume else ["--resume"]))
     steps = {name: stage.steps for name, stage in config.stages()}
     with graceful_stop() as stop, job_progress(run_stages(list(steps.items()), embedded=False)) as job:
@@ -229,39 +229,38 @@ def probe_(words: list[str]) -> Result:
 
 
 def changed(all_configs: Sequence[RunConfig], words: Sequence[str]) -> list[RunConfig]:
-    """The configurations with ``KEY=VALUE`` set in each that has the key.
+    """The configurations with every ``KEY=VALUE`` set in each that has the key.
 
     Raises:
-        ConfigError: a word is no KEY=VALUE, none has the key, or the value does not fit.
+        ConfigError: a word is no KEY=VALUE, none has the key, or the values do not fit.
     """
-    found = list(all_configs)
+    trees = [configs.to_dict(config) for config in all_configs]
     for word in words:
         key, equals, text = word.partition("=")
         if not equals:
             raise ConfigError(f"--set {word}: this is no KEY=VALUE", remedy="For example --set training.steps=300.")
         key = key.replace("-", "_")
-        known = [key in configs.flatten(one) for one in found]
-        if not any(known):
-            every = {name for one in found for name in configs.flatten(one) if not name.endswith("type")}
-            raise ConfigError(f"--set: there is no setting '{key}'", remedy=nearest(key, every))
-        found = [_with(one, key, text) if has else one for one, has in zip(found, known, strict=True)]
-    return found
+        having = [tree for tree, config in zip(trees, all_configs, strict=True) if key in configs.flatten(config)]
+        if not having:
+            known = {name for config in all_configs for name in configs.flatten(config) if not name.endswith("type")}
+            raise ConfigError(f"--set: there is no setting '{key}'", remedy=nearest(key, known))
+        for tree in having:
+            _set(tree, key, text)
+    return [configs.from_dict(RunConfig, tree) for tree in trees]
 
 
-def _with(config: RunConfig, key: str, text: str) -> RunConfig:
+def _set(tree: dict[str, Any], key: str, text: str) -> None:
+    """Sets a value, JSON or a plain word; the length of a stage is said in one way at a time."""
     try:
         value = json_text.loads(text)
     except ValueError:
         value = text
-    tree = configs.to_dict(config)
     *parents, last = key.split(".")
-    inner = tree
     for name in parents:
-        inner = inner[name]
-    inner[last] = value
-    if last in ("steps", "epochs", "images"):  # they say how long a stage is in other ways
-        inner.update({way: None for way in ("epochs", "images") if way != last})
-    return configs.from_dict(RunConfig, tree)
+        tree = tree[name]
+    if last in ("steps", "epochs", "images"):
+        tree |= {"epochs": None, "images": None}
+    tree[last] = value
 
 
 def _rate_by(wanted: bool, reference: Path | None, power: Literal[1, 2]) -> RateBy | None:
@@ -271,27 +270,22 @@ def _rate_by(wanted: bool, reference: Path | None, power: Literal[1, 2]) -> Rate
 
 
 def _pretrainings(given: MatrixArguments) -> list[Pretraining]:
-    tuning = None if given.recipe is None else make_config(given.recipe)
     found: list[Pretraining] = []
     for word in given.pretraining:
         name, equals, what = word.partition("=")
         if not equals or not what:
             raise ConfigError(f"--pretraining {word}: this is no NAME=RECIPE or NAME=RUN")
         if Path(what).exists():
-            found.append(Pretraining(name=name, init=Path(what), config=tuning, recipe=given.recipe or ""))
+            config = as_trained(Path(what)) if given.recipe is None else make_config(given.recipe)
+            found.append(Pretraining(name=name, config=config, init=Path(what), recipe=given.recipe or ""))
         elif ":" in what:
             found.append(Pretraining(name=name, config=make_config(what), recipe=what))
         else:
             raise ConfigError(
                 f"--pretraining {word}: '{what}' is neither a run nor a recipe", remedy=nearest(what, all_recipes())
             )
-    if given.set:
-        named = [start for start in found if start.config is not None]
-        if len(named) < len(found):
-            raise ConfigError("--set needs to know the settings of fine-tuning", remedy="Add --recipe.")
-        new = changed([start.config for start in named if start.config is not None], given.set)
-        found = [dataclasses.replace(start, config=config) for start, config in zip(named, new, strict=True)]
-    return found
+    new = changed([start.config for start in found], given.set)
+    return [dataclasses.replace(start, config=config) for start, config in zip(found, new, strict=True)]
 
 
 def _target(word: str) -> tuple[str, Target]:

@@ -58,7 +58,7 @@ class FineTuning:
 
 def fine_tuning(
     pretrained: Path,
-    config: RunConfig | None,
+    config: RunConfig,
     target: Target,
     *,
     parts: tuple[Part, ...] | None = None,
@@ -69,22 +69,19 @@ def fine_tuning(
 
     Args:
         pretrained: a run, a checkpoint folder, or a published file.
-        config: of the fine-tuning, such as a recipe's; None = the model and last stage of the pre-trained run, a
-            detector's batch norm fixed.
+        config: of the fine-tuning, such as a recipe's or that of ``as_trained``.
         target: the data.
         parts: the parts of the weights that are loaded; None = as the configuration says.
         rate_by: take the learning rate from the weight norm; None = the configuration's.
         seed: of the run.
 
     Raises:
-        ConfigError: there is no configuration, and ``pretrained`` is no run; or no rate can be found.
+        ConfigError: no rate can be found.
         RunError: there are no weights.
     """
-    if not pretrained.exists():
-        raise RunError("there are no weights of that name", where=pretrained, remedy="Check the path.")
-    chosen = _own_config(pretrained) if config is None else config
-    data = dataclasses.replace(chosen.data, train=target.train, val=target.val, embedded=None)
-    chosen = dataclasses.replace(chosen, seed=seed, data=data, init_parts=chosen.init_parts if parts is None else parts)
+    _check_there(pretrained)
+    data = dataclasses.replace(config.data, train=target.train, val=target.val, embedded=None)
+    chosen = dataclasses.replace(config, seed=seed, data=data, init_parts=config.init_parts if parts is None else parts)
     rule = None
     if rate_by is not None:
         rule = _rule(chosen, read_weights(pretrained), rate_by)
@@ -92,8 +89,14 @@ def fine_tuning(
     return FineTuning(config=chosen, init=pretrained, rule=rule)
 
 
-def _own_config(pretrained: Path) -> RunConfig:
-    """The pre-trained run's model and last stage, as its own fine-tuning."""
+def as_trained(pretrained: Path) -> RunConfig:
+    """The model and last stage of a run, as the configuration of its own fine-tuning; a detector's batch norm is fixed.
+
+    Raises:
+        RunError: there is nothing of that name.
+        ConfigError: it is no run.
+    """
+    _check_there(pretrained)
     if not (pretrained / "config.json").is_file():
         raise ConfigError(
             "only a run knows how to go on: a checkpoint or a published file needs a recipe",
@@ -105,6 +108,11 @@ def _own_config(pretrained: Path) -> RunConfig:
     if isinstance(config.model, DetectorConfig):
         stage = dataclasses.replace(stage, norm=NormPolicy(kind="fixed"))
     return dataclasses.replace(config, pretraining=None, training=stage)
+
+
+def _check_there(pretrained: Path) -> None:
+    if not pretrained.exists():
+        raise RunError("there are no weights of that name", where=pretrained, remedy="Check the path.")
 
 
 def _rule(config: RunConfig, pretrained: InitialWeights, rate_by: RateBy) -> RateRule:

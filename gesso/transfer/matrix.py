@@ -28,23 +28,19 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True, kw_only=True)
 class Pretraining:
-    """A way to begin: weights that a run starts from, or a recipe that starts from nothing.
+    """A way to begin: from weights, or from nothing.
 
     Attributes:
         name: in tables and as a folder.
+        config: of the runs, such as a recipe's; ``finetune.as_trained`` gives that of a run.
         init: a run, a checkpoint folder or a published file; None = nothing.
-        config: of the runs; None = as ``fine_tuning`` finds it.
         recipe: its name, kept in the runs.
     """
 
     name: str
+    config: RunConfig
     init: Path | None = None
-    config: RunConfig | None = None
     recipe: str = ""
-
-    def __post_init__(self) -> None:
-        if self.init is None and self.config is None:
-            raise ConfigError(f"'{self.name}' names neither weights nor a recipe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +158,6 @@ def _job(start: Pretraining, target: Target, parts: Parts, seed: int, folder: Pa
     if start.init is not None:
         made = fine_tuning(start.init, start.config, target, parts=parts, rate_by=rate_by, seed=seed)
         return Job(path=folder, config=prepared(made.config), recipe=start.recipe, init=made.init.absolute())
-    assert start.config is not None
     data = dataclasses.replace(start.config.data, train=target.train, val=target.val, embedded=None)
     config = dataclasses.replace(start.config, seed=seed, data=data)
     return Job(path=folder, config=prepared(config), recipe=start.recipe)

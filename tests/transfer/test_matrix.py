@@ -12,7 +12,7 @@ from gesso.run.folder import RunFolder
 from gesso.run.initial import read_weights
 from gesso.run.train import train
 from gesso.training.optimizer import SGD
-from gesso.transfer.finetune import RateBy, Target, fine_tuning
+from gesso.transfer.finetune import RateBy, Target, as_trained, fine_tuning
 from gesso.transfer.lr_rule import weight_norm_rule
 from gesso.transfer.matrix import Pretraining, plan_matrix, run_matrix
 from gesso.transfer.page import write_page
@@ -158,11 +158,11 @@ def test_names_that_are_no_folders(targets, config, names, words, tmp_path):
 
 def test_a_run_is_its_own_fine_tuning(pretrained, targets):
     """Its model and last stage, batch norm fixed, on the new data."""
-    made = fine_tuning(pretrained, None, targets["tree"], seed=3)
+    made = fine_tuning(pretrained, as_trained(pretrained), targets["tree"], seed=3)
     assert made.config.training.norm == NormPolicy(kind="fixed") and made.config.pretraining is None
     assert made.config.data.train == targets["tree"].train and made.config.seed == 3 and made.rule is None
     with pytest.raises(ConfigError, match="only a run knows"):
-        fine_tuning(next((pretrained / "checkpoints").glob("0*")), None, targets["tree"])
+        as_trained(next((pretrained / "checkpoints").glob("0*")))
 
 
 def test_the_rate_from_the_weights(pretrained, config, targets, tmp_path):
