@@ -156,4 +156,4 @@ def scores_text(scores: dict[str, Any]) -> str:
     rows = [(key, value, *([masks.get(key)] if masks else [])) for key, value in numbers.items()]
     totals = table(columns, rows)
     classes = sorted(scores["by_class"].items(), key=lambda item: -item[1])
-    return f"{totals}\n\n{table(('class', next(iter(numbers))), classes)}"
+    return f"{totals}\n\n{table(('class', next(iter(numbers)).removeprefix('m')), classes)}"

@@ -43,22 +43,24 @@ def write_run_report(folder: RunFolder, val: Index | None) -> Path:
             Gallery(title="Validation pictures", columns=("Ground truth", "Detections"), exhibits=tuple(pictures))
         )
     if evaluations:
+        of_class = kind.primary.removeprefix("m")
         classes = sorted(evaluations[-1]["by_class"].items(), key=lambda item: -item[1])
         sections.append(
             Table(
-                title=f"{kind.primary} by class",
-                columns=("class", kind.primary),
+                title=f"{of_class} by class",
+                columns=("class", of_class),
                 rows=tuple((n, _known(v)) for n, v in classes),
                 folded=True,
             )
         )
     last = losses[-1] if losses else {"seconds": 0.0, "images": 0}
-    summary = f"Trained for {last['seconds']:.0f} seconds on {last['images']:,} images{_cost(folder)}"
+    summary = f"Trained for {last['seconds']:.0f} seconds on {last['images']:,} images"
     summary += _verdict(evaluations, kind.primary)
     stored = folder.read_config()
     report = Report(
         title=f"{stored.get('recipe') or 'Run'} in {folder.path.name}",
         summary=summary,
+        hedge=_cost(folder),
         sections=tuple(sections),
         settings=_settings(folder),
         footer=footer(stored["environment"]),
@@ -180,6 +182,6 @@ def _cost(folder: RunFolder) -> str:
     if cost is None:
         return ""
     return (
-        f" ({cost.device_days:.2g} {cost.unit}, {cost.data_seconds:.0f} seconds of them the wait for data; "
-        f"{cost.evaluation_seconds:.0f} seconds of evaluation beside it)"
+        f"It cost {cost.device_days:.2g} {cost.unit}; {100 * cost.data_seconds / cost.seconds:.0f}% of the time was the "
+        f"wait for data. Evaluation took {cost.evaluation_seconds:.0f} seconds beside it."
     )

@@ -80,7 +80,7 @@ def test_the_scores_of_a_segmenter_are_those_of_its_maps(data, segmented):
     assert written["classes"][:2] == ["background", index.label_space.names[0]]
     assert written["pixels"] == confusion.counts.tolist()
     report = (out / "report.html").read_text()
-    assert "mIoU by class" in report and "background" in report and f"mIoU {expected['mIoU']:.3f}" in report
+    assert "IoU by class" in report and "background" in report and f"mIoU {expected['mIoU']:.3f}" in report
 
 
 def test_a_segmenter_learns(data, tmp_path):
