@@ -29,7 +29,6 @@ from gesso.planning.page import (
 from gesso.planning.scaling import Network, Plan, StepMeasurement, Work, messages_of, predict
 from gesso.planning.workload import (
     CLASSES,
-    MeasuredStep,
     classes_of,
     detector_traffic,
     measured_step,
@@ -140,16 +139,14 @@ def _plan(given: ScalingOptions, named: RunConfig | None, name: str) -> Plan:
     classes = next(number for number in (given.classes, known, CLASSES) if number is not None)
     traffic = detector_traffic(config, classes, stage.norm.parts)
     synchronised, over = _norm(given, stage)
-    step = StepMeasurement(
-        seconds=measured.seconds,
-        images=measured.images,
+    step = dataclasses.replace(
+        measured,
         gradient_bytes=traffic.gradient_bytes,
         messages=messages_of(traffic.gradient_bytes),
         backward_share=given.backward_share,
         norm_layers=traffic.norm_layers if synchronised else 0,
         norm_bytes=traffic.norm_bytes if synchronised else 0,
         norm_images=over,
-        data_seconds=measured.data_seconds,
         jitter=given.jitter,
     )
     network = Network(
@@ -169,7 +166,7 @@ def _plan(given: ScalingOptions, named: RunConfig | None, name: str) -> Plan:
         network=network,
         work=work,
         rate=stage.optimizer.rate / (stage.schedule.base_images or stage.batch_size),
-        rows=tuple(predict(step, network, work, count) for count in _counts(given.gpus)),
+        rows=tuple(predict(step, network, work, count) for count in numbers_of("--gpus", given.gpus, "1,8,64")),
     )
 
 
@@ -184,7 +181,7 @@ def _config(named: RunConfig | None, folder: RunFolder | None) -> RunConfig:
     return found
 
 
-def _measured(given: ScalingOptions, folder: RunFolder | None) -> MeasuredStep:
+def _measured(given: ScalingOptions, folder: RunFolder | None) -> StepMeasurement:
     asked = given.step_seconds is not None or given.images_per_gpu is not None
     if folder is not None:
         if asked:
@@ -199,7 +196,7 @@ def _measured(given: ScalingOptions, folder: RunFolder | None) -> MeasuredStep:
         )
     if not given.step_seconds > 0:
         raise ConfigError(f"--step-seconds is {given.step_seconds}", remedy="Give a number above 0.")
-    return MeasuredStep(seconds=given.step_seconds, data_seconds=0.0, images=given.images_per_gpu)
+    return StepMeasurement(seconds=given.step_seconds, images=given.images_per_gpu)
 
 
 def _norm(given: ScalingOptions, stage: TrainingConfig) -> tuple[bool, int | None]:
@@ -209,10 +206,11 @@ def _norm(given: ScalingOptions, stage: TrainingConfig) -> tuple[bool, int | Non
     return given.norm_images != 0, given.norm_images or None
 
 
-def _counts(text: str) -> list[int]:
+def numbers_of(option: str, text: str, example: str) -> list[int]:
+    """Numbers above 0, with commas; each once, in order. ConfigError where they are none."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise ConfigError(f"--gpus is '{text}'", remedy="Give numbers above 0 with commas: 1,8,64.")
+        raise ConfigError(f"{option} is '{text}'", remedy=f"Give numbers above 0 with commas: {example}.")
     return sorted({int(word) for word in words})
 
 

@@ -3,8 +3,8 @@
 Shape letters: B images, N anchors over all levels, A anchors a cell.
 
 Source: Faster R-CNN, section 3.1.1; Feature Pyramid Networks, section 4.1 (one size a level). The layout is
-torchvision's: base anchors are rounded to whole pixels and centred on multiples of the stride; within a level the order
-is row, column, then ratio and scale.
+torchvision's: base anchors are rounded to whole pixels (``rounded``) and centred on multiples of the stride; within a
+level the order is row, column, then ratio and scale.
 """
 
 import math
@@ -29,6 +29,8 @@ class AnchorConfig:
     """Factors on the size, all of them on every level."""
     sizes_per_level: int = 1
     """With n > 1, ``sizes`` holds n sizes of each level in turn, where no factors give them exactly."""
+    rounded: bool = True
+    """Round half the sides of an anchor to whole pixels, as torchvision does; detectron2 and mmdetection do not."""
     fitted: bool = False
     """Space the anchors of a level by the side of the picture over that of the map, rounded down, as torchvision does,
     instead of by the level's stride. It matters where a side is no multiple of the coarsest stride."""
@@ -53,13 +55,14 @@ class AnchorConfig:
         return [tuple(size * scale for size in group for scale in self.scales) for group in groups]
 
 
-def base_anchors(sides: Sequence[float], ratios: Sequence[float]) -> Tensor:
-    """The anchors (A, 4) of a cell at the origin, ratios outermost, rounded to whole pixels."""
+def base_anchors(sides: Sequence[float], ratios: Sequence[float], *, rounded: bool = True) -> Tensor:
+    """The anchors (A, 4) of a cell at the origin, ratios outermost, their corners rounded to whole pixels or not."""
     side = torch.tensor(sides)
     heights = torch.tensor(ratios).sqrt()
     w = ((1 / heights)[:, None] * side).flatten()
     h = (heights[:, None] * side).flatten()
-    return (torch.stack([-w, -h, w, h], dim=1) / 2).round()
+    corners = torch.stack([-w, -h, w, h], dim=1) / 2
+    return corners.round() if rounded else corners
 
 
 class AnchorGenerator(nn.Module):
@@ -80,7 +83,9 @@ class AnchorGenerator(nn.Module):
             )
         self.config, self.strides = config, tuple(strides)
         for k, sides in enumerate(levels):
-            self.register_buffer(f"base{k}", base_anchors(sides, config.ratios), persistent=False)
+            self.register_buffer(
+                f"base{k}", base_anchors(sides, config.ratios, rounded=config.rounded), persistent=False
+            )
 
     def forward(self, shapes: Sequence[tuple[int, int]], image_shape: tuple[int, int]) -> Tensor:
         """Anchors (N, 4) xyxy in pixels, level after level, in the dtype of the module.

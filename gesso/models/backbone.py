@@ -142,9 +142,7 @@ class Backbone(nn.Module):
         """
         for name, value in self.body.named_parameters():
             value.requires_grad_(name not in self._fixed)
-        self.frozen = freeze(
-            self.body, self._marks(), self._frozen_stages if stages is None else stages
-        )
+        self.frozen = freeze(self.body, self._marks(), self._frozen_stages if stages is None else stages)
         for module in self.body.modules():
             if isinstance(module, PolicyBatchNorm2d):
                 module.trained = module.weight.requires_grad

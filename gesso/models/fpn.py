@@ -28,6 +28,8 @@ class FPNConfig:
     """Coarser levels beyond them: 1 gives P6, 2 also P7."""
     extra: Literal["subsample", "conv_c5", "conv_p5"] = "subsample"
     """Where these come from: every second pixel of P5, or 3x3 convolutions of stride 2 on C5 or on P5."""
+    extra_relu: bool = True
+    """A ReLU between the extra levels that convolutions make, as RetinaNet has it; mmdetection has none."""
     norm: Norm = "none"
     """The norm behind every convolution."""
     context: Literal["none", "psp", "large_kernel"] = "none"
@@ -115,7 +117,7 @@ class FeaturePyramid(nn.Module):
             if self.config.extra == "subsample":
                 below = F.max_pool2d(below, kernel_size=1, stride=2)
             else:
-                below = self.extra[k](F.relu(below) if k else below)
+                below = self.extra[k](F.relu(below) if k and self.config.extra_relu else below)
             levels.append(below)
         return dict(zip(self.names, levels, strict=True))
 

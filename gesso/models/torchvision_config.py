@@ -24,23 +24,12 @@ from gesso.models.layers import Norm
 from gesso.models.losses import BoxLossConfig
 from gesso.models.mask_head import MaskHeadConfig
 from gesso.models.postprocess import PostprocessConfig
+from gesso.models.resnets import RESNETS
 from gesso.models.retinanet import RetinaHeadConfig, RetinaNetConfig
 from gesso.models.roi import RoIPoolConfig, RoISamplingConfig
 from gesso.models.rpn import RPNConfig
 
 _EPS = 1e-5
-_RESNETS = {  # blocks, their number in each stage, groups and width of the first stage's 3x3 convolutions
-    ("BasicBlock", (2, 2, 2, 2), 1, 64): "resnet18",
-    ("BasicBlock", (3, 4, 6, 3), 1, 64): "resnet34",
-    ("Bottleneck", (3, 4, 6, 3), 1, 64): "resnet50",
-    ("Bottleneck", (3, 4, 6, 3), 1, 128): "wide_resnet50_2",
-    ("Bottleneck", (3, 4, 6, 3), 32, 128): "resnext50_32x4d",
-    ("Bottleneck", (3, 4, 23, 3), 1, 64): "resnet101",
-    ("Bottleneck", (3, 4, 23, 3), 1, 128): "wide_resnet101_2",
-    ("Bottleneck", (3, 4, 23, 3), 32, 256): "resnext101_32x8d",
-    ("Bottleneck", (3, 4, 23, 3), 64, 256): "resnext101_64x4d",
-    ("Bottleneck", (3, 8, 36, 3), 1, 64): "resnet152",
-}
 
 
 def read_config(module: nn.Module) -> FasterRCNNConfig | RetinaNetConfig:
@@ -206,7 +195,7 @@ def _backbone(body: Any) -> BackboneConfig:
     if not isinstance(block, BasicBlock | Bottleneck):
         raise _unknown("another backbone than a whole ResNet")
     form = (type(block).__name__, tuple(map(len, stages)), block.conv2.groups, block.conv2.out_channels)
-    if form not in _RESNETS:
+    if form not in RESNETS:
         raise _unknown("a ResNet of unusual depth or width")
     dilated = any(m.dilation != (1, 1) for m in body.modules() if isinstance(m, nn.Conv2d))
     _require(not dilated, "dilated convolutions in its backbone")
@@ -218,7 +207,7 @@ def _backbone(body: Any) -> BackboneConfig:
         if any(parameter.requires_grad for parameter in part.parameters()):
             break
         frozen += 1
-    return BackboneConfig(name=_RESNETS[form], pretrained=False, frozen_stages=frozen, norm_eps=epsilons.pop())
+    return BackboneConfig(name=RESNETS[form], pretrained=False, frozen_stages=frozen, norm_eps=epsilons.pop())
 
 
 def _neck(backbone: Any) -> FPNConfig:

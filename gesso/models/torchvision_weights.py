@@ -13,12 +13,11 @@ unused.
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from gesso.errors import ConfigError, InputError
+from gesso.errors import ConfigError
 from gesso.models.build import DetectorConfig, build_detector
 from gesso.models.detector import Detector
 from gesso.models.faster_rcnn import FasterRCNNConfig
@@ -62,12 +61,25 @@ def to_ours(state: Mapping[str, Tensor], config: DetectorConfig) -> dict[str, Te
     return ours
 
 
+def counterpart(name: str, config: DetectorConfig) -> str | None:
+    """Our name of a weight of torchvision's; None where such a detector has none.
+
+    Raises:
+        ConfigError: torchvision has no such detector.
+    """
+    return _renamed(_modern(name), list(_prefixes(config)))
+
+
 def to_theirs(state: Mapping[str, Tensor], config: DetectorConfig) -> dict[str, Tensor]:
     """torchvision's state dictionary from ours: the inverse of ``to_ours``; unused rows of the background are zero.
 
     Raises:
         ConfigError: torchvision has no such detector, or names do not belong to it.
     """
+    if config.backbone.stride_in_1x1:
+        raise ConfigError(
+            "torchvision's bottlenecks have no stride in their 1x1 convolution, as backbone.stride_in_1x1"
+        )
     pairs = [(ours, theirs) for theirs, ours in _prefixes(config)]
     named = {name: _renamed(name, pairs) for name in state}
     strange = [name for name, new in named.items() if new is None]
@@ -82,7 +94,7 @@ def from_torchvision_state(state: Mapping[str, Tensor], config: DetectorConfig) 
     The classes are counted in the weights. Published weights of the first versions want ``backbone.norm_eps`` 0.0.
 
     Args:
-        state: of ``module.state_dict()``, or of ``load_torchvision_file``.
+        state: of ``module.state_dict()``.
         config: of ``read_config``, or one of ours of the same form.
 
     Raises:
@@ -115,25 +127,6 @@ def from_torchvision_state(state: Mapping[str, Tensor], config: DetectorConfig) 
         )
     detector.load_state_dict(ours)
     return detector
-
-
-def load_torchvision_file(path: str | Path) -> dict[str, Tensor]:
-    """The state dictionary in a .pth file of torchvision's, read without unpickling code.
-
-    Raises:
-        InputError: the file cannot be read, or holds something else.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(
-            f"the weights cannot be read ({type(error).__name__})", where=path, remedy="Give a .pth file of tensors."
-        ) from error
-    if isinstance(state, Mapping) and isinstance(state.get("model"), Mapping):
-        state = state["model"]  # as torchvision's training script writes it
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError("the file holds no state dictionary", where=path, remedy="Save module.state_dict().")
-    return dict(state)
 
 
 def _kind(config: DetectorConfig) -> str:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 from gesso.planning.scaling import (
     Calibration,
-    Measured,
+    MeasuredHours,
     Network,
     Prediction,
     StepMeasurement,
@@ -36,13 +36,13 @@ from gesso.planning.scaling import (
     predict,
 )
 
-MEGDET_CALIBRATION = (Measured(gpus=8, hours=39.5), Measured(gpus=32, hours=11.2))
-MEGDET_HELD_OUT = (Measured(gpus=64, hours=6.5), Measured(gpus=128, hours=4.1))
+MEGDET_CALIBRATION = (MeasuredHours(gpus=8, hours=39.5), MeasuredHours(gpus=32, hours=11.2))
+MEGDET_HELD_OUT = (MeasuredHours(gpus=64, hours=6.5), MeasuredHours(gpus=128, hours=4.1))
 MEGDET_WORK = Work(images=11 * 118_287)
 MEGDET_STEP = StepMeasurement(seconds=0.0, images=2, gradient_bytes=167e6, backward_share=0.0)
 """Its seconds are found by the calibration."""
 
-PFDET = Measured(gpus=512, hours=33.0)
+PFDET = MeasuredHours(gpus=512, hours=33.0)
 PFDET_EFFICIENCY = 0.83
 PFDET_WORK = Work(images=16 * 1_740_000)
 PFDET_STEP = StepMeasurement(

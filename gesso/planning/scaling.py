@@ -163,7 +163,7 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class MeasuredHours:
     """The hours that a training took on a number of GPUs."""
 
     gpus: int
@@ -251,7 +251,7 @@ def _norm_seconds(step: StepMeasurement, network: Network, gpus: int) -> float:
     return 2 * step.norm_layers * all_reduce_seconds(step.norm_bytes / step.norm_layers, group, network)
 
 
-def calibrate(rows: Sequence[Measured], step: StepMeasurement, network: Network, work: Work) -> Calibration:
+def calibrate(rows: Sequence[MeasuredHours], step: StepMeasurement, network: Network, work: Work) -> Calibration:
     """Fits two numbers to measured hours: the seconds of a step, and the latency between machines.
 
     Everything else is taken as it is given, except that nothing is hidden behind the backward pass: what was hidden

@@ -238,6 +238,7 @@ def _check_form(ours: FasterRCNN | RetinaNet, theirs: FasterRCNNConfig | RetinaN
         ("backbone.norm_eps", epsilons, {theirs.backbone.norm_eps}),
         ("neck", own.neck, theirs.neck),
         ("anchors", (own.anchors.levels(), own.anchors.ratios), (theirs.anchors.levels(), theirs.anchors.ratios)),
+        ("anchors.rounded", own.anchors.rounded, True),
     ]
     if isinstance(own, FasterRCNNConfig) and isinstance(theirs, FasterRCNNConfig):
         pairs += [

@@ -1,4 +1,4 @@
-"""The weights that a run starts from: another run's, a checkpoint's, or a published file's."""
+"""The weights that a run starts from: another run's, a checkpoint's, or those in a published file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +9,10 @@ from torch import Tensor
 from gesso import files, log
 from gesso.errors import ConfigError, RunError
 from gesso.label_space import LabelSpace
+from gesso.models.backbone import BackboneConfig
 from gesso.models.model import Model
 from gesso.models.norm import NormPolicy
+from gesso.models.published import read_published
 from gesso.models.weights import LoadReport, load_weights, part_names
 from gesso.run.config import Task, read_run_config, task_of
 from gesso.run.folder import RunFolder
@@ -19,6 +21,8 @@ from gesso.training import checkpoint as checkpoints
 logger = log.get_logger(__name__)
 
 REPORT = "weights.json"
+_FORM = ("stride_in_1x1", "norm_eps", "output_stride", "deformable_stages", "deformable_version")
+"""What changes the maps of a backbone, but not the names and shapes of its weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,20 +34,27 @@ class InitialWeights:
         label_space: the classes of their heads; None where they are not known.
         task: that they were trained for, "detection", "segmentation" or "classification"; None where it is not known.
         where: the file or folder.
+        backbone: the configuration that they were trained in; None where it is not known.
+        notes: what the log should say of a published file.
     """
 
     weights: Mapping[str, Tensor]
     label_space: LabelSpace | None
     task: Task | None
     where: Path
+    backbone: BackboneConfig | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_weights(path: Path) -> InitialWeights:
-    """The weights of a run (its best ones) or of a checkpoint folder, with the run's classes.
+    """The weights of a run (its best ones), of a checkpoint folder, or in a published file, with their classes.
 
     Raises:
         RunError: nothing of that kind is there.
+        InputError, ConfigError: as of ``read_published``.
     """
+    if path.is_file():
+        return _published(path)
     run = path if (path / "checkpoints").is_dir() else path.parent.parent
     found = checkpoints.best_checkpoint(path / "checkpoints") if run == path else checkpoints.read_checkpoint(path)
     if found is None:
@@ -51,17 +62,38 @@ def read_weights(path: Path) -> InitialWeights:
             "there is no whole checkpoint to start from", where=path, remedy="Name a run or a checkpoint folder."
         )
     folder = RunFolder(run)
-    known = (run / "label_space.json").is_file()
+    if not (run / "label_space.json").is_file():  # a checkpoint that was copied out of its run
+        return InitialWeights(weights=found.weights(), label_space=None, task=None, where=found.path)
+    model = read_run_config(folder).model
     return InitialWeights(
         weights=found.weights(),
-        label_space=folder.read_label_space() if known else None,
-        task=task_of(read_run_config(folder).model) if known else None,
+        label_space=folder.read_label_space(),
+        task=task_of(model),
         where=found.path,
+        backbone=model.backbone,
+    )
+
+
+def _published(path: Path) -> InitialWeights:
+    found = read_published(path)
+    notes = [*found.notes, *([f"{len(found.unused)} tensors have no counterpart here"] if found.unused else [])]
+    return InitialWeights(
+        weights=found.weights,
+        label_space=None if found.classes is None else LabelSpace.from_names(found.classes),
+        task="classification" if found.num_classes is None else "detection",
+        where=path,
+        backbone=None if found.config is None else found.config.backbone,
+        notes=(f"weights of {found.origin}", *notes),
     )
 
 
 def start_from(
-    model: Model, initial: InitialWeights, label_space: LabelSpace, norm: NormPolicy, parts: Sequence[str] | None
+    model: Model,
+    initial: InitialWeights,
+    label_space: LabelSpace,
+    norm: NormPolicy,
+    parts: Sequence[str] | None,
+    backbone: BackboneConfig,
 ) -> LoadReport:
     """Loads what fits into a new model, and tells what became of every tensor.
 
@@ -71,6 +103,7 @@ def start_from(
         label_space: the model's classes.
         norm: of the first stage.
         parts: as of ``load_weights``.
+        backbone: the configuration of the model's backbone.
 
     Raises:
         RunError: none of them fits.
@@ -86,8 +119,12 @@ def start_from(
         )
     _check_statistics(report, norm, initial.where)
     logger.info("starting from the weights of %s", initial.where)
-    for line in lines:
+    for line in (*initial.notes, *lines):
         logger.info("%s", line)
+    for key in _FORM if initial.backbone is not None else ():
+        theirs, ours = getattr(initial.backbone, key), getattr(backbone, key)
+        if theirs != ours:
+            logger.warning("these weights were trained with backbone.%s %s, and are used with %s", key, theirs, ours)
     for part in part_names(model) if parts is None else parts:
         names = [name for name in model.state_dict() if name.split(".")[0] in model.parts[part]]
         if not set(names) & set(report.copied):

@@ -181,7 +181,8 @@ def _cost(folder: RunFolder) -> str:
     cost = read_cost(folder)
     if cost is None:
         return ""
+    waited = 100 * cost.data_seconds / cost.seconds
     return (
-        f"It cost {cost.device_days:.2g} {cost.unit}; {100 * cost.data_seconds / cost.seconds:.0f}% of the time was the "
-        f"wait for data. Evaluation took {cost.evaluation_seconds:.0f} seconds beside it."
+        f"It cost {cost.device_days:.2g} {cost.unit}; {waited:.0f}% of the time was the wait for data. Evaluation took "
+        f"{cost.evaluation_seconds:.0f} seconds beside it."
     )

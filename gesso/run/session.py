@@ -136,7 +136,8 @@ class Session:
     def _start_from(self, model: Model, initial: InitialWeights) -> Task | None:
         """Loads weights into the new model; gives the task that they were trained for."""
         first = self.config.stages()[0][1].norm
-        report = start_from(model, initial, self.space, first, self.config.init_parts)
+        backbone = self.config.model.backbone
+        report = start_from(model, initial, self.space, first, self.config.init_parts, backbone)
         distributed.from_main(lambda: keep_report(self.folder, report))
         return initial.task
 

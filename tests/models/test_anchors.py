@@ -96,3 +96,14 @@ def test_centres_inside():
 def test_refuses_what_is_no_anchor(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
         AnchorConfig(**change)
+
+
+def test_anchors_that_are_not_rounded_have_their_area_and_ratio():
+    config = AnchorConfig(rounded=False, scales=(1.0, 2 ** (1 / 3)))
+    found = AnchorGenerator(config, STRIDES).double()(halved((64, 64)), (64, 64))
+    width, height = (found[:, 2:] - found[:, :2]).unbind(dim=1)
+    first = config.per_cell  # of the first cell, ratios outermost
+    torch.testing.assert_close((height / width)[:first].tolist(), [0.5, 0.5, 1.0, 1.0, 2.0, 2.0])
+    torch.testing.assert_close((height * width).sqrt()[:first].tolist(), [32.0, 32.0 * 2 ** (1 / 3)] * 3)
+    rounded = AnchorGenerator(AnchorConfig(scales=config.scales), STRIDES).double()(halved((64, 64)), (64, 64))
+    torch.testing.assert_close(found[:, 2:] + found[:, :2], rounded[:, 2:] + rounded[:, :2])

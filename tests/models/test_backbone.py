@@ -391,6 +391,31 @@ def test_frozen_atrous_and_deformable_stages_together(name):
     assert images.grad.abs().sum() > 0, "the gradient goes through frozen stages"
 
 
+@torch.no_grad()
+def test_the_stride_in_the_first_convolution():
+    """The same weights, and the maps of torchvision's network where the strides of its blocks are moved by hand."""
+    theirs = torchvision.models.resnet50(weights=None).eval()
+    net = backbone("resnet50", stride_in_1x1=True).eval()
+    weights = {name: value for name, value in theirs.state_dict().items() if not name.startswith("fc.")}
+    net.body.load_state_dict(weights)
+    images = torch.randn(1, 3, 64, 96)
+    usual = theirs.layer2(theirs.layer1(theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images))))))
+    for layer in (theirs.layer2, theirs.layer3, theirs.layer4):
+        layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
+    x = theirs.layer1(theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images)))))
+    maps = net(images)
+    assert not torch.allclose(maps["C3"], usual, atol=0.1)
+    for name, layer in (("C3", theirs.layer2), ("C4", theirs.layer3), ("C5", theirs.layer4)):
+        x = layer(x)
+        torch.testing.assert_close(maps[name], x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "resnetaa50"])
+def test_the_stride_in_the_first_convolution_of_a_bottleneck_only(name):
+    with pytest.raises(ConfigError, match=r"backbone\.stride_in_1x1 is set, but .* no bottleneck with its stride in"):
+        backbone(name, stride_in_1x1=True)
+
+
 @pytest.mark.parametrize("stage", [1, 4])
 @pytest.mark.parametrize("name", ["convnext_atto", "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"])
 def test_a_stage_that_cannot_be_deformable(name, stage):

@@ -140,3 +140,10 @@ def test_configuration(change, said):
 def test_a_backbone_without_its_maps():
     with pytest.raises(ConfigError, match="not C2"):
         FeaturePyramid(FPNConfig(), {"C4": 8}, {"C4": 16.0})
+
+
+def test_extra_levels_without_a_relu_between():
+    ours = pyramid(inputs=("C3", "C4", "C5"), extra_levels=2, extra="conv_c5", extra_relu=False)
+    found = ours(maps())
+    assert bool((found["P6"] < 0).any())
+    torch.testing.assert_close(found["P7"], ours.extra[1](found["P6"]))

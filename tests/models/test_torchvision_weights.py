@@ -12,7 +12,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 import gesso.models.roi
 import gesso.models.rpn
-from gesso.errors import ConfigError, InputError
+from gesso.errors import ConfigError
 from gesso.models.build import build_detector
 from gesso.models.cascade_rcnn import CascadeRCNNConfig
 from gesso.models.faster_rcnn import FasterRCNNConfig
@@ -22,7 +22,6 @@ from gesso.models.retinanet import RetinaNetConfig
 from gesso.models.torchvision_config import read_config, read_num_classes
 from gesso.models.torchvision_weights import (
     from_torchvision_state,
-    load_torchvision_file,
     to_ours,
     to_theirs,
 )
@@ -367,19 +366,3 @@ def test_weights_of_another_architecture_are_refused():
 def test_what_has_no_counterpart_is_refused(make, what):
     with pytest.raises(ConfigError, match=what):
         read_config(make())
-
-
-def test_files_of_weights(tmp_path):
-    state = {"a": torch.ones(2)}
-    torch.save(state, tmp_path / "bare.pth")
-    torch.save({"model": state, "epoch": 3}, tmp_path / "trained.pth")
-    for name in ("bare.pth", "trained.pth"):
-        assert torch.equal(load_torchvision_file(tmp_path / name)["a"], state["a"])
-    torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(InputError, match=r"list\.pth.*no state dictionary"):
-        load_torchvision_file(tmp_path / "list.pth")
-    torch.save(nn.Linear(1, 1), tmp_path / "module.pth")
-    with pytest.raises(InputError, match=r"module\.pth.*cannot be read"):
-        load_torchvision_file(tmp_path / "module.pth")
-    with pytest.raises(InputError, match="cannot be read"):
-        load_torchvision_file(tmp_path / "none.pth")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gesso.errors import ConfigError
 from gesso.planning.scaling import (
-    Measured,
+    MeasuredHours,
     Network,
     StepMeasurement,
     Work,
@@ -176,7 +176,7 @@ def test_without_costs_hours_fall_as_gpus_rise(step, gpus):
 def test_calibration_finds_what_made_the_rows(seconds, latency, counts):
     true = dataclasses.replace(STEP, seconds=seconds, backward_share=0.0)
     there = dataclasses.replace(NETWORK, between_latency=latency)
-    rows = [Measured(gpus=n, hours=predict(true, there, WORK, n).hours) for n in counts]
+    rows = [MeasuredHours(gpus=n, hours=predict(true, there, WORK, n).hours) for n in counts]
     if len({math.ceil(n / 4) for n in counts}) < 2:
         return  # jitter aside, one number of machines does not tell the two apart
     found = calibrate(rows, dataclasses.replace(STEP, backward_share=0.9), NETWORK, WORK)
@@ -187,7 +187,7 @@ def test_calibration_finds_what_made_the_rows(seconds, latency, counts):
 
 
 def test_more_rows_than_numbers_leave_residuals():
-    rows = [Measured(gpus=8, hours=40), Measured(gpus=32, hours=16), Measured(gpus=128, hours=5)]
+    rows = [MeasuredHours(gpus=8, hours=40), MeasuredHours(gpus=32, hours=16), MeasuredHours(gpus=128, hours=5)]
     plain = StepMeasurement(seconds=0, images=2)
     found = calibrate(rows, plain, NETWORK, WORK)
     best = sum(r**2 for r in found.residuals)
@@ -207,11 +207,17 @@ def test_more_rows_than_numbers_leave_residuals():
 def test_rows_that_settle_nothing_are_refused():
     with pytest.raises(ConfigError, match="two numbers of machines"):
         calibrate(
-            [Measured(gpus=2, hours=4), Measured(gpus=4, hours=2)], StepMeasurement(seconds=0, images=2), NETWORK, WORK
+            [MeasuredHours(gpus=2, hours=4), MeasuredHours(gpus=4, hours=2)],
+            StepMeasurement(seconds=0, images=2),
+            NETWORK,
+            WORK,
         )
     with pytest.raises(ConfigError, match="no time"):
         calibrate(
-            [Measured(gpus=8, hours=9), Measured(gpus=32, hours=1)], StepMeasurement(seconds=0, images=2), NETWORK, WORK
+            [MeasuredHours(gpus=8, hours=9), MeasuredHours(gpus=32, hours=1)],
+            StepMeasurement(seconds=0, images=2),
+            NETWORK,
+            WORK,
         )
 
 

@@ -2,12 +2,13 @@ import dataclasses
 import json
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
 from gesso.data.demo_index import demo_index
 from gesso.data.demo_scenes import DemoConfig
-from gesso.errors import ConfigError, RunError
+from gesso.errors import ConfigError, GessoError, RunError
 from gesso.models.fpn import FPNConfig
 from gesso.models.norm import NormPolicy
 from gesso.models.retinanet import RetinaNetConfig
@@ -112,3 +113,21 @@ def test_weights_of_a_run_with_group_norm(data, tmp_path):
     with pytest.raises(ConfigError, match=r"norm.kind fixed uses the running statistics.*have none"):
         train(tiny_run(data, **SHORT, norm=NormPolicy(kind="fixed")), tmp_path / "c", init=tmp_path / "a")
     assert not (tmp_path / "c").exists()
+
+
+def test_a_published_file_starts_a_run(still, tmp_path, caplog):
+    """A classifier's weights as timm saves them: by name, the head apart; what is no plain form is said."""
+    torch.manual_seed(5)
+    source = timm.create_model("resnet18", num_classes=7)
+    torch.save(source.state_dict(), tmp_path / "resnet18.pth")
+    backbone = dataclasses.replace(still.model.backbone, name="resnet18")
+    config = dataclasses.replace(still, model=dataclasses.replace(still.model, backbone=backbone))
+    train(config, tmp_path / "r", init=tmp_path / "resnet18.pth")
+    ours = first_weights(tmp_path / "r")
+    assert torch.equal(ours["backbone.body.layer3.1.conv2.weight"], source.state_dict()["layer3.1.conv2.weight"])
+    assert {name.split(".")[0] for name in report(tmp_path / "r")["loaded"]} == {"backbone"}
+    assert "weights of timm" in caplog.text
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(GessoError, match=r"text\.pth"):
+        train(config, tmp_path / "s", init=tmp_path / "text.pth")
+    assert not (tmp_path / "s").exists()
