@@ -7,7 +7,7 @@ import torch
 from torchvision.transforms.v2.functional import normalize
 
 from gesso.errors import ConfigError
-from gesso.models.detector import image_shape
+from gesso.models.model import image_shape
 from gesso.models.semantic import SegmentationConfig
 from tests.models.helpers import random_batch, tiny_detector
 
