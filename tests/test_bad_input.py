@@ -188,7 +188,7 @@ class TestPictures:
     def test_no_box_at_all(self, gesso, tmp_path):
         coco(tmp_path / "source", boxes=0)
         gesso("data", "import", tmp_path / "source", "--out", tmp_path / "i")
-        assert "no box at all" in gesso("data", "check", tmp_path / "i", code=1).out
+        assert "picture without a box (negative)" in gesso("data", "check", tmp_path / "i", code=1).out
         found = gesso.json("data", "stats", tmp_path / "i")
         assert found["boxes"] == 0 and found["negatives"] == 3 and found["unused"] == ["cat", "dog"]
         line = refused(gesso, tmp_path, "train", *TINY, "--data.train", tmp_path / "i", "--out", tmp_path / "run")
