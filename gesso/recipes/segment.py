@@ -4,7 +4,8 @@ Sources: ``pspnet`` is the network of Objects365, Tables 9 and 10, trained as Zh
 Network", 2017, section 4.1, but on crops of 480 pixels instead of 473, since sides are multiples of 32, of pictures
 that are made 0.5 to 2 times as large as the crop, and neither turned nor blurred. ``deeplab`` is the network of "An
 Analysis of Pre-Training on Object Detection" (Li et al. 2019, section 4.2) with its size of pictures, trained as Dai et
-al., "Deformable Convolutional Networks", 2017, section 4.1. ``small`` is ours, for one small GPU or a CPU.
+al., "Deformable Convolutional Networks", 2017, section 4.1. ``small`` is ours, for one small GPU or a CPU; it has the
+plain head because PSPNet's learns much more slowly from random weights.
 
 All load the backbone alone from weights named by --init, whatever they were trained for.
 """
@@ -54,10 +55,10 @@ def deeplab() -> RunConfig:
 
 
 def small() -> RunConfig:
-    """PSPNet in small, ResNet-10-T at stride 8, on any index with semantic maps: 1,500 steps of 8 crops of 128."""
+    """PSPNet in small, ResNet-10-T at stride 8, on any index with maps: 1,500 steps of 8 crops of 128."""
     backbone = BackboneConfig(name="resnet10t", pretrained=False, zero_init_residual=False, output_stride=8)
     return RunConfig(
-        model=SegmenterConfig(backbone=backbone, head=PSPConfig(width=64)),
+        model=SegmenterConfig(backbone=backbone, head=DeepLabConfig()),
         init_parts=("backbone",),
         training=TrainingConfig(
             steps=1500,
