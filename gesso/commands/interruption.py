@@ -73,6 +73,8 @@ def again(words: Sequence[str]) -> str:
     """What to do after a command with these words was cut short: go on with its run, or call it once more."""
     out = option_value(words, "--out") or "runs/demo"
     begun = {"train": Path(out, "config.json"), "demo": Path(out)}.get(words[0] if words else "")
+    if words[:1] == ["transfer"] and words[1:2] not in (["matrix"], ["probe"]):
+        begun = Path(out, "config.json")
     if begun is not None and begun.exists() and "--resume" not in words:
         return f"Go on from the last checkpoint with: {command_line(*words, '--resume')}"
     return f"Nothing half-written is left; call it again: {command_line(*words)}"

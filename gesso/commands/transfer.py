@@ -87,7 +87,7 @@ def transfer(words: list[str]) -> Result:
             given.out,
             recipe=given.recipe or "",
             resume=given.resume,
-            init=None if given.resume else made.init,
+            init=made.init,
             observer=ProgressObserver(job, steps, stop),
             how_to_resume=again,
         )
@@ -144,7 +144,7 @@ def matrix(words: list[str]) -> Result:
         raise ConfigError(f"--at-once must be at least 1, found {given.at_once}")
     entries = plan_matrix(
         _pretrainings(given),
-        dict(_target(word) for word in given.target),
+        _targets(given.target),
         given.out,
         parts=[_parts(word) for word in given.parts],
         seeds=given.seeds,
@@ -258,7 +258,7 @@ def _set(tree: dict[str, Any], key: str, text: str) -> None:
     *parents, last = key.split(".")
     for name in parents:
         tree = tree[name]
-    if last in ("steps", "epochs", "images"):
+    if parents in (["pretraining"], ["training"]) and last in ("steps", "epochs", "images"):
         tree |= {"epochs": None, "images": None}
     tree[last] = value
 
@@ -286,6 +286,16 @@ def _pretrainings(given: MatrixArguments) -> list[Pretraining]:
             )
     new = changed([start.config for start in found], given.set)
     return [dataclasses.replace(start, config=config) for start, config in zip(found, new, strict=True)]
+
+
+def _targets(words: Sequence[str]) -> dict[str, Target]:
+    found: dict[str, Target] = {}
+    for word in words:
+        name, target = _target(word)
+        if name in found:
+            raise ConfigError(f"two of them have the name of the target '{name}'", remedy="Give each its own name.")
+        found[name] = target
+    return found
 
 
 def _target(word: str) -> tuple[str, Target]:

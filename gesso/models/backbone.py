@@ -145,7 +145,7 @@ class Backbone(nn.Module):
         self.frozen = freeze(self.body, self._marks(), self._frozen_stages if stages is None else stages)
         for module in self.body.modules():
             if isinstance(module, PolicyBatchNorm2d):
-                module.trained = module.weight.requires_grad
+                module.set_trained(module.weight.requires_grad)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Backbone":

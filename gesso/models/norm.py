@@ -102,8 +102,13 @@ class PolicyBatchNorm2d(nn.BatchNorm2d):
         """
         self.policy, self.group = policy, group
         self.groups = None if pictures is None or policy.images is None else max(pictures // policy.images, 1)
+        self.set_trained(self.trained)
+
+    def set_trained(self, trained: bool) -> None:
+        """Whether weight and bias may be trained, where the policy lets them."""
+        self.trained = trained
         for parameter in (self.weight, self.bias):
-            parameter.requires_grad_(self.trained and policy.kind != "fixed")
+            parameter.requires_grad_(trained and self.policy.kind != "fixed")
 
     def train(self, mode: bool = True) -> "PolicyBatchNorm2d":
         """Sets the mode as ``nn.Module.train`` does, but stays in evaluation mode where the statistics are fixed."""

@@ -86,7 +86,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.timeout_seconds > 0:
             raise ConfigError(f"timeout_seconds must be above 0, found {self.timeout_seconds}")
+        if self.metrics and task_of(self.model) != "detection":
+            raise ConfigError("metrics are of detections, and this model makes none", remedy="Leave metrics out.")
         for name, stage in self.stages():
+            if stage.memory != "none" and task_of(self.model) != "detection":
+                raise ConfigError(f"{name}.memory is for detectors", remedy="Choose none.")
             resize = stage.input.resize
             if (
                 isinstance(resize, ImageNetCrop)

@@ -195,7 +195,7 @@ class TrainedDetector(TrainedModel[DetectionTable]):
         finally:
             batches.close()
         found = gathered(own)
-        refuse_broken(batches, index)
+        refuse_broken(batches.broken, index)
         return found
 
     def evaluate(

@@ -12,6 +12,7 @@ import torch
 from gesso import distributed, files
 from gesso.data.index import Index
 from gesso.data.loading import picture_batches
+from gesso.data.samples import Broken
 from gesso.data.semantic import VOID, read_semantic
 from gesso.errors import DataError
 from gesso.evaluation.predict import outputs
@@ -67,14 +68,17 @@ class TrainedSegmenter(TrainedModel[Confusion]):
             DataError: the segmenter and the index share no category; a category is missing in an index whose maps have
                 no background that its pixels could fall to; a map cannot be used.
         """
-        values, confusion = self._values(index), self._empty(index)
-        for batch, logits in self.outputs(index, workers=workers, progress=progress):
+        values, confusion, broken = self._values(index), self._empty(index), list[Broken]()
+        for batch, logits in self.outputs(index, workers=workers, progress=progress, broken=broken):
             for slot, row in enumerate(batch.image_index.tolist()):
                 path = index.semantic_path(row) if row >= 0 else None
                 if path is None:
                     continue
                 guess = values[self._map(batch, logits, slot)]
-                confusion.add(read_semantic(path), guess, where=(path, index.name(row)))
+                try:
+                    confusion.add(read_semantic(path), guess, where=(path, index.name(row)))
+                except DataError as error:
+                    broken.append(Broken(row, error))
         counts = distributed.all_reduce_sum(torch.from_numpy(confusion.counts), name="confusion matrix")
         confusion.counts = counts.numpy()
         return known(confusion.scores(self._names(index))), confusion

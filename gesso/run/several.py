@@ -135,6 +135,12 @@ def _train_one(job: Job, how_to_resume: str) -> RunResult:
     stop, parent = _stop, multiprocessing.parent_process()
     assert stop is not None and parent is not None, "_begin comes first"
     observer.should_stop = lambda: stop.is_set() or not parent.is_alive()
+    if stop.is_set():
+        raise Interrupted(
+            "interrupted before it began; what was trained is saved",
+            where=job.path,
+            remedy=f"Go on with: {how_to_resume}",
+        )
     resume = (job.path / "config.json").exists()
     return train(
         job.config,

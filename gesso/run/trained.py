@@ -1,7 +1,7 @@
 """What every trained model has, whatever it predicts: how it is used, scored, and which score counts."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,8 @@ import torch
 
 from gesso import distributed
 from gesso.data.index import Index
-from gesso.data.loading import ALLOWANCE, MAX_SHARE, InferenceBatches, inference_batches
+from gesso.data.loading import ALLOWANCE, MAX_SHARE, inference_batches
+from gesso.data.samples import Broken
 from gesso.data.transforms import InputConfig
 from gesso.errors import DataError
 from gesso.evaluation.predict import Precision, outputs
@@ -78,7 +79,7 @@ class TrainedModel(ABC, Generic[Found]):
         return there
 
     def outputs(
-        self, index: Index, *, workers: int, progress: Callable[[int], None] | None
+        self, index: Index, *, workers: int, progress: Callable[[int], None] | None, broken: Sequence[Broken] = ()
     ) -> Iterator[tuple[ImageBatch, Any]]:
         """This process's share of the pictures of an index, batch by batch, with what the model says of them.
 
@@ -98,15 +99,15 @@ class TrainedModel(ABC, Generic[Found]):
             yield from outputs(self.ready, batches, device=self.device, precision=self.precision, progress=progress)
         finally:
             batches.close()
-        refuse_broken(batches, index)
+        refuse_broken([*batches.broken, *broken], index)
 
 
-def refuse_broken(batches: InferenceBatches, index: Index) -> None:
+def refuse_broken(found: Sequence[Broken], index: Index) -> None:
     """DataError in all processes where too many pictures could not be read; all of them call it."""
-    broken = int(distributed.all_reduce_sum(torch.tensor(len(batches.broken)), name="broken pictures"))
+    broken = int(distributed.all_reduce_sum(torch.tensor(len(found)), name="broken pictures"))
     if broken <= MAX_SHARE * len(index) + ALLOWANCE:
         return
-    last = batches.broken[-1].error if batches.broken else None
+    last = found[-1].error if found else None
     error = DataError(
         f"{broken} of {len(index)} pictures could not be read"
         + ("" if last is None else f", the last one: {last.what}"),

@@ -84,6 +84,7 @@ def fine_tuning(
     chosen = dataclasses.replace(config, seed=seed, data=data, init_parts=config.init_parts if parts is None else parts)
     rule = None
     if rate_by is not None:
+        _check_backbone(chosen)
         rule = _rule(chosen, read_weights(pretrained), rate_by)
         chosen = dataclasses.replace(chosen, training=with_rule(chosen.training, rule))
     return FineTuning(config=chosen, init=pretrained, rule=rule)
@@ -105,9 +106,9 @@ def as_trained(pretrained: Path) -> RunConfig:
         )
     config = read_run_config(RunFolder.open(pretrained))
     stage = config.training
-    if isinstance(config.model, DetectorConfig):
+    if isinstance(config.model, DetectorConfig) and stage.norm.kind != "group_norm":
         stage = dataclasses.replace(stage, norm=NormPolicy(kind="fixed"))
-    return dataclasses.replace(config, pretraining=None, training=stage)
+    return dataclasses.replace(config, pretraining=None, training=stage, init_parts=None)
 
 
 def _check_there(pretrained: Path) -> None:
@@ -115,12 +116,20 @@ def _check_there(pretrained: Path) -> None:
         raise RunError("there are no weights of that name", where=pretrained, remedy="Check the path.")
 
 
+def _check_backbone(config: RunConfig) -> None:
+    if config.init_parts is not None and "backbone" not in config.init_parts:
+        raise ConfigError(
+            "the learning rate cannot follow from the weights of a backbone that is not loaded",
+            remedy="Load the backbone too, or leave out --rate-by-weight-norm.",
+        )
+
+
 def _rule(config: RunConfig, pretrained: InitialWeights, rate_by: RateBy) -> RateRule:
     """By the backbones alone: a classifier has nothing else in common with a detector."""
     if rate_by.reference is not None:
         reference = read_weights(rate_by.reference).weights
     else:
-        torch.manual_seed(config.seed)
+        torch.manual_seed(0)
         reference = new_model(config, 2, pretrained=None).state_dict()
     own = {name: value for name, value in pretrained.weights.items() if name.startswith("backbone.")}
     return weight_norm_rule(own, reference, config.training.optimizer.rate, power=rate_by.power)

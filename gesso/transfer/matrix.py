@@ -101,6 +101,8 @@ def plan_matrix(
     """
     _check_names([p.name for p in pretrainings], "pre-training")
     _check_names(list(targets), "target")
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"a seed stands twice: {', '.join(map(str, seeds))}", remedy="Give each once.")
     entries = []
     for target_name, target in targets.items():
         for start in pretrainings:

@@ -264,7 +264,7 @@ class _Reader:
                     self.progress(what, through, len(index))
         finally:
             batches.close()
-        refuse_broken(batches, index)
+        refuse_broken(batches.broken, index)
         for name, column in columns.items():
             if not np.isfinite(column).all():
                 raise DataError(f"the layer {name} is not finite", where=index.path, remedy="The model has diverged.")

@@ -67,7 +67,8 @@ def _row(entries: Sequence[Entry]) -> Row:
     first, good = entries[0], [entry for entry in entries if not entry.error]
     values = [entry.scores[entry.primary] for entry in good if entry.scores[entry.primary] >= 0]
     costs = [entry.cost for entry in good if entry.cost is not None]
-    names = [name for name in (good[0].scores if good else {}) if all(name in entry.scores for entry in good)]
+    known = good[0].scores if good else {}
+    names = [name for name in known if all(entry.scores.get(name, -1.0) >= 0 for entry in good)]
     return Row(
         target=first.target,
         pretraining=first.pretraining,
@@ -109,7 +110,7 @@ def _pretraining_days(entry: Entry) -> float | None:
 
 
 def _mean_curve(entries: Sequence[Entry]) -> tuple[tuple[int, float], ...]:
-    curves = [dict(entry.curve) for entry in entries]
+    curves = [{step: value for step, value in entry.curve if value >= 0} for entry in entries]
     if not curves:
         return ()
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
