@@ -31,6 +31,12 @@ from gesso.transfer.probe import probe
 from gesso.transfer.summary import Row, summarise
 
 TRAINING = "training"
+_ELSEWHERE = {
+    "seed": "the seed as its own option",
+    "data.train": "the training index as its own option",
+    "data.val": "the validation index as its own option",
+}
+"""Settings that options of these commands say."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,10 @@ def matrix(words: list[str]) -> Result:
     results = {"rows": [vars(row) for row in rows], "runs": [_as_dict(entry) for entry in done]}
     files.write_json(given.out / "results.json", results)
     page = write_page(given.out / "report.html", rows, title="Did pre-training pay?", footer=_footer(done))
-    text = f"{_text(rows)}\n\nThe report: {page.absolute().as_uri()}"
+    rules = dict.fromkeys(
+        f"{entry.pretraining}: {line}" for entry in done if entry.rule is not None for line in entry.rule.lines()
+    )
+    text = f"{chr(10).join([*rules, _text(rows)])}\n\nThe report: {page.absolute().as_uri()}"
     failed = [f"{entry.name}: {entry.error}" for entry in done if entry.error]
     text += "".join(f"\nfailed: {line}" for line in failed)
     return Result(text, results if given.json else None, 1 if failed else 0)
@@ -240,6 +249,8 @@ def changed(all_configs: Sequence[RunConfig], words: Sequence[str]) -> list[RunC
         if not equals:
             raise ConfigError(f"--set {word}: this is no KEY=VALUE", remedy="For example --set training.steps=300.")
         key = key.replace("-", "_")
+        if key in _ELSEWHERE:
+            raise ConfigError(f"--set {key} has no effect here", remedy=f"Give {_ELSEWHERE[key]}.")
         having = [tree for tree, config in zip(trees, all_configs, strict=True) if key in configs.flatten(config)]
         if not having:
             known = {name for config in all_configs for name in configs.flatten(config) if not name.endswith("type")}

@@ -120,8 +120,36 @@ class KeepRatio:
         return Placement((height, width), size, (0, 0), size, self.shapes(scale)[shape])
 
 
+class _OneSquare:
+    """What resizes have in common that put every picture on one square canvas, ``side`` x ``side``."""
+
+    side: int
+
+    def _check_side(self) -> None:
+        if self.side < STRIDE or self.side % STRIDE:
+            raise ConfigError(f"side must be a multiple of {STRIDE}, found {self.side}")
+
+    @property
+    def num_scales(self) -> int:
+        """One: what is random is drawn per picture."""
+        return 1
+
+    @property
+    def inference_scale(self) -> int:
+        """Number 0."""
+        return 0
+
+    def shapes(self, scale: int) -> tuple[Shape, ...]:
+        """The one padded shape."""
+        return ((self.side, self.side),)
+
+    def assign(self, heights: npt.ArrayLike, widths: npt.ArrayLike) -> Ints:
+        """Zeros (N,): all pictures have the one shape."""
+        return np.zeros(np.size(heights), np.int64)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Direct:
+class Direct(_OneSquare):
     """Resize the long side to ``side * a`` with a ~ U[low, high), crop at random to ``side``, pad to side x side.
 
     Source: Li et al., "Rethinking Training from Scratch for Object Detection", 2021, and its published code. The
@@ -139,28 +167,9 @@ class Direct:
     """Keep the aspect ratio (the reference's code), or stretch to a square (its paper's text)."""
 
     def __post_init__(self) -> None:
-        if self.side < STRIDE or self.side % STRIDE:
-            raise ConfigError(f"side must be a multiple of {STRIDE}, found {self.side}")
+        self._check_side()
         if not 0 < self.low <= self.high or int(self.side * self.low) < 1:
             raise ConfigError(f"the resize factors need 0 < low <= high, found {self.low} and {self.high}")
-
-    @property
-    def num_scales(self) -> int:
-        """One: the factor is drawn per picture."""
-        return 1
-
-    @property
-    def inference_scale(self) -> int:
-        """Number 0."""
-        return 0
-
-    def shapes(self, scale: int) -> tuple[Shape, ...]:
-        """The one padded shape."""
-        return ((self.side, self.side),)
-
-    def assign(self, heights: npt.ArrayLike, widths: npt.ArrayLike) -> Ints:
-        """Zeros (N,): all pictures have the one shape."""
-        return np.zeros(np.size(heights), np.int64)
 
     def place(self, height: int, width: int, *, shape: int, scale: int, key: int | None, attempt: int = 0) -> Placement:
         """The placement of a picture; ``key`` None is inference: the long side becomes ``side``, nothing is cropped."""
@@ -177,7 +186,7 @@ class Direct:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageNetCrop:
+class ImageNetCrop(_OneSquare):
     """Cut out a random part of the picture and stretch it to side x side, as classifiers are trained on ImageNet.
 
     The part has a share of the picture's area from U[area) and a ratio of width to height whose logarithm is from
@@ -197,30 +206,11 @@ class ImageNetCrop:
     lead back to the picture), the centre side x side of the picture with its short side 256/224 ``side``."""
 
     def __post_init__(self) -> None:
-        if self.side < STRIDE or self.side % STRIDE:
-            raise ConfigError(f"side must be a multiple of {STRIDE}, found {self.side}")
+        self._check_side()
         if not 0 < self.area[0] <= self.area[1] <= 1:
             raise ConfigError(f"area needs 0 < least <= largest <= 1, found {self.area}")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ConfigError(f"ratio needs 0 < least <= largest, found {self.ratio}")
-
-    @property
-    def num_scales(self) -> int:
-        """One: the part is drawn per picture."""
-        return 1
-
-    @property
-    def inference_scale(self) -> int:
-        """Number 0."""
-        return 0
-
-    def shapes(self, scale: int) -> tuple[Shape, ...]:
-        """The one padded shape."""
-        return ((self.side, self.side),)
-
-    def assign(self, heights: npt.ArrayLike, widths: npt.ArrayLike) -> Ints:
-        """Zeros (N,): all pictures have the one shape."""
-        return np.zeros(np.size(heights), np.int64)
 
     def place(self, height: int, width: int, *, shape: int, scale: int, key: int | None, attempt: int = 0) -> Placement:
         """The placement of a picture; ``key`` None is inference."""

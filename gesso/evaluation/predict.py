@@ -1,7 +1,7 @@
 """From a model and batches to predictions: of a detector, a table of detections."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,14 @@ from gesso.evaluation.masks import paste
 from gesso.structures import Detections, ImageBatch, to_device
 
 Precision = Literal["bfloat16", "float32", "float64"]
+
+
+class Output(NamedTuple):
+    """A batch on the CPU and on the device, and what the model says of it, on the device."""
+
+    batch: ImageBatch
+    there: ImageBatch
+    found: Any
 
 
 def predict(
@@ -41,10 +49,12 @@ def predict(
         Boxes in pixels of the stored pictures, clipped to them; masks pasted at the picture's size where the detector
         makes masks. Ordered by image id, then falling score.
     """
-    tables: list[DetectionTable] = []
-    for batch, found in outputs(detector, batches, device=device, precision=precision, progress=progress):
-        there = to_device(batch, device)
-        tables.append(_table(batch, found.to_original(there), image_ids))
+    return tabled(outputs(detector, batches, device=device, precision=precision, progress=progress), image_ids)
+
+
+def tabled(found: Iterable[Output], image_ids: Array | None = None) -> DetectionTable:
+    """The table of a detector's ``outputs``; see ``predict``."""
+    tables = [_table(one.batch, one.found.to_original(one.there), image_ids) for one in found]
     return DetectionTable.concatenate(tables).ordered()
 
 
@@ -83,8 +93,8 @@ def outputs(
     device: torch.device | str,
     precision: Precision = "float32",
     progress: Callable[[int], None] | None = None,
-) -> Iterator[tuple[ImageBatch, Any]]:
-    """Each batch, on the CPU, with what the model says of it, on the device; arguments as of ``predict``.
+) -> Iterator[Output]:
+    """Each batch with what the model says of it; arguments as of ``predict``.
 
     The model runs in inference mode and is left as it was (training or not) once all batches are through.
     """
@@ -94,8 +104,9 @@ def outputs(
     try:
         for batch in batches:
             with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16"):
-                found = model(to_device(batch, device))
-            yield batch, found
+                there = to_device(batch, device)
+                found = model(there)
+            yield Output(batch, there, found)
             if progress is not None:
                 progress(int((batch.image_index >= 0).sum()))
     finally:

@@ -50,7 +50,7 @@ class TrainedClassifier(TrainedModel[Guesses]):
         """The likeliest classes of each picture that can be read, and what is wrong with the others."""
         batches = picture_batches(pictures, self.input, batch_size=self.batch_size)
         parts = []
-        for batch, logits in outputs(
+        for batch, _, logits in outputs(
             self.ready, batches, device=self.device, precision=self.precision, progress=progress
         ):
             rows = batch.image_index.numpy()
@@ -70,7 +70,7 @@ class TrainedClassifier(TrainedModel[Guesses]):
         columns, width = self._columns(index)
         truth = picture_labels(index)
         parts, ranks, labels = [], [], []
-        for batch, logits in self.outputs(index, workers=workers, progress=progress):
+        for batch, _, logits in self.outputs(index, workers=workers, progress=progress):
             rows = batch.image_index.numpy()
             scores = logits.double().cpu().numpy()[rows >= 0]
             rows = rows[rows >= 0]

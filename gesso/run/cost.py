@@ -23,6 +23,7 @@ class RunCost:
         evaluation_seconds: of evaluation.
         device_days: days of training times the number of GPUs (of processes, on a CPU).
         images: seen in training, repeats included.
+        processor_seconds: of training, see ``timing.Cost``.
     """
 
     device: str
@@ -31,6 +32,12 @@ class RunCost:
     evaluation_seconds: float
     device_days: float
     images: int
+    processor_seconds: float = 0.0
+
+    @property
+    def work(self) -> float:
+        """Seconds by which runs are compared: of the clock on a GPU, of the processors on a CPU, which runs share."""
+        return self.processor_seconds if self.device.startswith("CPU") else self.seconds
 
     @property
     def unit(self) -> str:
@@ -48,6 +55,7 @@ def cost_of(stage: Stage, images: int) -> RunCost:
         evaluation_seconds=stage.cost.evaluation_seconds,
         device_days=stage.cost.device_seconds / _DAY,
         images=images,
+        processor_seconds=stage.cost.processor_seconds,
     )
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from gesso import distributed
 from gesso.data.decode import upright_rgb
 from gesso.data.index import Index
-from gesso.data.loading import inference_batches, picture_batches
+from gesso.data.loading import picture_batches
 from gesso.data.records import Array, Masks, Rle
 from gesso.data.rle import decode
 from gesso.errors import ConfigError, InputError
@@ -24,9 +24,9 @@ from gesso.evaluation.coco import score_coco, score_masks
 from gesso.evaluation.detection_files import write_detections
 from gesso.evaluation.detections import DetectionTable
 from gesso.evaluation.further import Metric, further_scores
-from gesso.evaluation.predict import gathered, predict
+from gesso.evaluation.predict import gathered, predict, tabled
 from gesso.run.data import has_masks
-from gesso.run.trained import TrainedModel, known, refuse_broken
+from gesso.run.trained import TrainedModel, known
 from gesso.structures import ImageBatch
 
 DETECTIONS = "detections.parquet"
@@ -175,28 +175,8 @@ class TrainedDetector(TrainedModel[DetectionTable]):
         Raises:
             DataError: more than 1% of the pictures, and three to spare, cannot be read.
         """
-        batches = inference_batches(
-            index,
-            self.input,
-            batch_size=self.batch_size,
-            workers=workers,
-            rank=distributed.rank(),
-            world=distributed.world_size(),
-        )
-        try:
-            own = predict(
-                self.ready,
-                batches,
-                device=self.device,
-                precision=self.precision,
-                image_ids=np.asarray(index.image_ids),
-                progress=progress,
-            )
-        finally:
-            batches.close()
-        found = gathered(own)
-        refuse_broken(batches.broken, index)
-        return found
+        own = tabled(self.outputs(index, workers=workers, progress=progress), np.asarray(index.image_ids))
+        return gathered(own)
 
     def evaluate(
         self, index: Index, *, workers: int = 0, progress: Callable[[int], None] | None = None

@@ -49,7 +49,7 @@ class TrainedSegmenter(TrainedModel[Confusion]):
         """
         batches = picture_batches(pictures, self.input, batch_size=self.batch_size)
         found: list[Map | None] = [None] * len(pictures)
-        for batch, logits in outputs(
+        for batch, _, logits in outputs(
             self.ready, batches, device=self.device, precision=self.precision, progress=progress
         ):
             for slot, row in enumerate(batch.image_index.tolist()):
@@ -69,7 +69,7 @@ class TrainedSegmenter(TrainedModel[Confusion]):
                 no background that its pixels could fall to; a map cannot be used.
         """
         values, confusion, broken = self._values(index), self._empty(index), list[Broken]()
-        for batch, logits in self.outputs(index, workers=workers, progress=progress, broken=broken):
+        for batch, _, logits in self.outputs(index, workers=workers, progress=progress, broken=broken):
             for slot, row in enumerate(batch.image_index.tolist()):
                 path = index.semantic_path(row) if row >= 0 else None
                 if path is None:

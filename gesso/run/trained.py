@@ -15,11 +15,10 @@ from gesso.data.loading import ALLOWANCE, MAX_SHARE, inference_batches
 from gesso.data.samples import Broken
 from gesso.data.transforms import InputConfig
 from gesso.errors import DataError
-from gesso.evaluation.predict import Precision, outputs
+from gesso.evaluation.predict import Output, Precision, outputs
 from gesso.label_space import LabelMap, LabelSpace
 from gesso.models.folding import fold_batch_norm
 from gesso.models.model import Model
-from gesso.structures import ImageBatch
 
 Found = TypeVar("Found")
 
@@ -80,7 +79,7 @@ class TrainedModel(ABC, Generic[Found]):
 
     def outputs(
         self, index: Index, *, workers: int, progress: Callable[[int], None] | None, broken: Sequence[Broken] = ()
-    ) -> Iterator[tuple[ImageBatch, Any]]:
+    ) -> Iterator[Output]:
         """This process's share of the pictures of an index, batch by batch, with what the model says of them.
 
         Raises:

@@ -64,7 +64,7 @@ def run_stage(stage: Stage, batches: Batches, callbacks: Callbacks) -> None:
     """
     config, pending = stage.config, None
     while stage.step < config.steps and not stage.stopped:
-        began, marks = time.perf_counter(), Marks(stage.device)
+        began, worked, marks = time.perf_counter(), time.process_time(), Marks(stage.device)
         batch, targets = next(batches)
         there = to_device(batch, stage.device), to_device(targets, stage.device)
         marks.mark("data")
@@ -76,6 +76,7 @@ def run_stage(stage: Stage, batches: Batches, callbacks: Callbacks) -> None:
         spent = time.perf_counter() - began
         stage.seconds += spent
         stage.cost.device_seconds += spent * distributed.world_size()
+        stage.cost.processor_seconds += time.process_time() - worked
         pending = _Pending(stage.step, numbers, marks, spent, stage.seconds, *there)
         callbacks.tick(stage.step)
         if distributed.world_size() == 1:

@@ -137,8 +137,11 @@ class Cost:
         data_seconds: of training, in which process 0 waited for data.
         evaluation_seconds: which are no part of training.
         device_seconds: seconds of training times the devices (GPUs; processes on a CPU) that it ran on.
+        processor_seconds: of training, that process 0 had the processors with all its threads; they do not depend on
+            what else the machine does.
     """
 
     data_seconds: float = 0.0
     evaluation_seconds: float = 0.0
     device_seconds: float = 0.0
+    processor_seconds: float = 0.0

@@ -20,6 +20,7 @@ from gesso.run.several import Job, train_all
 from gesso.run.train import prepared
 from gesso.training.checkpoint import newest_checkpoint
 from gesso.transfer.finetune import RateBy, Target, fine_tuning
+from gesso.transfer.lr_rule import RateRule
 
 Parts = tuple[Part, ...] | None
 ALL = "all"
@@ -57,6 +58,7 @@ class Entry:
         curve: (step, primary score) of all its evaluations.
         cost: of the run; None where it failed.
         error: why it failed; "" where it did not.
+        rule: how its learning rate was found; None where the configuration's stays.
     """
 
     target: str
@@ -69,6 +71,7 @@ class Entry:
     curve: tuple[tuple[int, float], ...] = ()
     cost: RunCost | None = None
     error: str = ""
+    rule: RateRule | None = None
 
     @property
     def name(self) -> str:
@@ -110,7 +113,7 @@ def plan_matrix(
                 for seed in seeds:
                     word = "" if start.init is None else ALL if chosen is None else "+".join(chosen)
                     folder = out / target_name / start.name / word / f"seed-{seed}"
-                    job = _job(start, target, chosen, seed, folder, rate_by)
+                    job, rule = _job(start, target, chosen, seed, folder, rate_by)
                     entries.append(
                         Entry(
                             target=target_name,
@@ -119,6 +122,7 @@ def plan_matrix(
                             seed=seed,
                             job=job,
                             primary=trained_kind(job.config.model).primary,
+                            rule=rule,
                         )
                     )
     return entries
@@ -156,13 +160,16 @@ def run_matrix(
     ]
 
 
-def _job(start: Pretraining, target: Target, parts: Parts, seed: int, folder: Path, rate_by: RateBy | None) -> Job:
+def _job(
+    start: Pretraining, target: Target, parts: Parts, seed: int, folder: Path, rate_by: RateBy | None
+) -> tuple[Job, RateRule | None]:
     if start.init is not None:
         made = fine_tuning(start.init, start.config, target, parts=parts, rate_by=rate_by, seed=seed)
-        return Job(path=folder, config=prepared(made.config), recipe=start.recipe, init=made.init.absolute())
+        job = Job(path=folder, config=prepared(made.config), recipe=start.recipe, init=made.init.absolute())
+        return job, made.rule
     data = dataclasses.replace(start.config.data, train=target.train, val=target.val, embedded=None)
     config = dataclasses.replace(start.config, seed=seed, data=data)
-    return Job(path=folder, config=prepared(config), recipe=start.recipe)
+    return Job(path=folder, config=prepared(config), recipe=start.recipe), None
 
 
 def _check_names(names: Sequence[str], what: str) -> None:
@@ -180,7 +187,11 @@ def _is_finished(job: Job) -> bool:
     if not (job.path / "config.json").is_file():
         return False
     folder = RunFolder.open(job.path)
-    check_same(folder, job.config)
+    try:
+        check_same(folder, job.config)
+    except ConfigError as error:
+        remedy = "Remove this run to make it anew, or name another --out."
+        raise ConfigError(error.what, where=job.path, remedy=remedy) from error
     if folder.first_weights() != job.init:
         raise RunError(
             f"a run stands there that starts from {folder.first_weights() or 'new weights'}, not from "

@@ -70,7 +70,8 @@ def _table(rows: Sequence[Row], target: str) -> Table:
         columns=(*columns, "training", "cost", "device days", "its pre-training, days", "seeds"),
         rows=tuple(cells),
         best=() if best is None else ((best, 1),),
-        note="Spread: standard deviation over the seeds. Gain and cost: against the first row, by seconds of training.",
+        note="Spread: standard deviation over the seeds. Gain and cost: against the first row; cost is of training "
+        "alone, by the clock on a GPU, by processor time on a CPU.",
     )
 
 

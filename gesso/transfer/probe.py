@@ -249,7 +249,7 @@ class _Reader:
         device = self.features.model.mean.device
         batches = inference_batches(index, self.input, batch_size=self.batch_size, workers=self.workers)
         try:
-            for batch, found in outputs(self.features, batches, device=device, precision=self.precision):
+            for batch, _, found in outputs(self.features, batches, device=device, precision=self.precision):
                 rows = batch.image_index.numpy()
                 kept = np.flatnonzero((rows >= 0) & (labels[rows] >= 0))
                 if not columns:

@@ -21,7 +21,9 @@ class Row:
         scores: means of all scores by name.
         gain: of the mean over the target's baseline, the first pre-training; None for the baseline itself.
         seconds, device_days, images: of training, means over the runs.
-        cost: the seconds as a share of the baseline's, less 1: -0.87 is a cost that is lower by 87%.
+        work: of training, ``RunCost.work``, the mean over the runs.
+        cost: the work as a share of the baseline's, less 1: -0.87 is a cost that is lower by 87%. What the weights took
+            that it starts from is not in it.
         pretraining_days: device days that the weights it starts from took; None where that is not known or nothing.
         curve: (step, mean primary score) at the steps that all runs were evaluated at.
         errors: of the runs that failed.
@@ -40,6 +42,7 @@ class Row:
     seconds: float | None
     device_days: float | None
     images: float | None
+    work: float | None
     cost: float | None
     pretraining_days: float | None
     curve: tuple[tuple[int, float], ...]
@@ -83,6 +86,7 @@ def _row(entries: Sequence[Entry]) -> Row:
         seconds=_mean([cost.seconds for cost in costs]),
         device_days=_mean([cost.device_days for cost in costs]),
         images=_mean([float(cost.images) for cost in costs]),
+        work=_mean([cost.work for cost in costs]),
         cost=None,
         pretraining_days=_pretraining_days(first),
         curve=_mean_curve(good),
@@ -96,8 +100,8 @@ def _compared(row: Row, baseline: Row) -> Row:
     known = row.mean is not None and baseline.mean is not None
     gain = row.mean - baseline.mean if known else None  # type: ignore[operator]
     cost = None
-    if row.seconds is not None and baseline.seconds:
-        cost = row.seconds / baseline.seconds - 1
+    if row.work is not None and baseline.work:
+        cost = row.work / baseline.work - 1
     return Row(**{**vars(row), "gain": gain, "cost": cost})
 
 

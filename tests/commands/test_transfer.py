@@ -54,6 +54,8 @@ def test_settings_are_changed_where_they_are():
         ("training.stps=3", "no setting 'training.stps'. Did you mean 'training.steps'"),
         ("training.steps=many", "training.steps: expected int, found 'many'"),
         ("training.steps=0", "steps must be at least 1"),
+        ("seed=3", "--set seed has no effect here"),
+        ("data.train=x", "the training index as its own option"),
     ],
 )
 def test_settings_that_cannot_be(word, said):

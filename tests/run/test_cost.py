@@ -21,6 +21,7 @@ def test_a_run_records_what_it_cost(data, tmp_path):
     waited = sum(row["data_share"] * row["step_seconds"] for row in rows)  # every step has a row
     assert 0 < cost.data_seconds == pytest.approx(waited, rel=0.05) and cost.data_seconds < cost.seconds
     assert cost.evaluation_seconds > 0
+    assert 0 < cost.work == cost.processor_seconds, "on a CPU runs share the processors"
 
 
 def test_the_cost_goes_on_after_an_interruption(data, tmp_path):
