@@ -275,6 +275,8 @@ def _set(tree: dict[str, Any], key: str, text: str) -> None:
 
 
 def _rate_by(wanted: bool, reference: Path | None, power: Literal[1, 2]) -> RateBy | None:
+    if not wanted and power != 2:
+        raise ConfigError("--power is for --rate-by-weight-norm", remedy="Add that, or leave this out.")
     if not wanted and reference is not None:
         raise ConfigError("--reference is for --rate-by-weight-norm", remedy="Add that, or leave this out.")
     return RateBy(reference=reference, power=power) if wanted else None

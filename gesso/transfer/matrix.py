@@ -111,7 +111,8 @@ def plan_matrix(
         for start in pretrainings:
             for chosen in parts if start.init is not None else (None,):
                 for seed in seeds:
-                    word = "" if start.init is None else ALL if chosen is None else "+".join(chosen)
+                    loaded = start.config.init_parts if chosen is None else chosen
+                    word = "" if start.init is None else ALL if loaded is None else "+".join(loaded)
                     folder = out / target_name / start.name / word / f"seed-{seed}"
                     job, rule = _job(start, target, chosen, seed, folder, rate_by)
                     entries.append(

@@ -116,6 +116,8 @@ def test_mistakes(gesso, pretrained, indexes, tmp_path):
     assert "needs a recipe" in gesso.mistake("transfer", indexes[0], *names(indexes), *out)
     said = gesso.mistake("transfer", pretrained, *names(indexes), *out, "--reference", pretrained)
     assert "--reference is for --rate-by-weight-norm" in said
+    said = gesso.mistake("transfer", pretrained, *names(indexes), *out, "--power", "1")
+    assert "--power is for --rate-by-weight-norm" in said
     matrix = ("transfer", "matrix", *out)
     for words, part in (
         (("--pretraining", "scratch", "--target", f"a={both}"), "no NAME=RECIPE or NAME=RUN"),

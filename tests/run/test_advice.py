@@ -27,6 +27,10 @@ def test_after_the_pretraining_of_a_detector(kind):
     assert advice(config("fixed", pretraining=True)) is None and advice(config("fixed"), "detection") is None
 
 
+def test_group_norm_was_not_measured():
+    assert advice(config("group_norm"), "detection") is None
+
+
 def test_after_the_pretraining_of_a_classifier():
     for word in (advice(config("fixed", pretrained=True)), advice(config("fixed"), "classification")):
         assert "39.2 AP with affine, 38.7 with fixed" in word

@@ -157,6 +157,13 @@ def test_names_that_are_no_folders(targets, config, names, words, tmp_path):
         plan_matrix([Pretraining(name=name, config=config) for name in names], targets, tmp_path)
 
 
+def test_parts_are_called_what_they_are(targets, config, pretrained, tmp_path):
+    """Where a configuration says which parts are loaded, and the matrix does not."""
+    start = Pretraining(name="a", init=pretrained, config=dataclasses.replace(config, init_parts=("backbone", "rpn")))
+    entries = plan_matrix([start], {"digits": targets["digits"]}, tmp_path, parts=[None, ("neck",)])
+    assert [entry.parts for entry in entries] == ["backbone+rpn", "neck"]
+
+
 def test_a_run_is_its_own_fine_tuning(pretrained, targets):
     """Its model and last stage, batch norm fixed, on the new data."""
     made = fine_tuning(pretrained, as_trained(pretrained), targets["tree"], seed=3)
